@@ -1,0 +1,28 @@
+"""GRAO Lightning: Group Relative Alignment Optimization (arXiv 2508.07750) on PyTorch Lightning.
+
+Importing this package is cheap: each public name is imported when it is first used, so that
+``grao --help`` answers without waiting for torch.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "GRAOModule": "grao_lightning.modules.grao",
+    "SFTModule": "grao_lightning.modules.sft",
+    "PromptDataModule": "grao_lightning.data.datamodule",
+    "GroupSampling": "grao_lightning.callbacks.sampling",
+    "GroupScoring": "grao_lightning.callbacks.scoring",
+    "ReferenceAwareClipping": "grao_lightning.callbacks.clipping",
+    "group_advantages": "grao_lightning.advantages",
+    "grao_objective": "grao_lightning.objectives.grao",
+}
+__all__ = [*_PUBLIC, "__version__"]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

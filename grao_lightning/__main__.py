@@ -1,0 +1,73 @@
+"""The ``grao`` command. What needs no torch is answered before torch is imported."""
+
+import os
+import sys
+
+from grao_lightning import __version__
+
+_HELP = """\
+usage: grao <command> [options]
+
+Align a language model with GRAO (arXiv 2508.07750) on PyTorch Lightning.
+
+commands:
+  fit       train:              grao fit --config configs/quickstart.yaml
+  validate  measure RAS, NAG:   grao validate --config ... [--ckpt_path ...]
+  export    write a Hugging Face folder:
+                                grao export --ckpt_path ... --output ...
+
+options:
+  -h, --help     show this help; `grao <command> --help` shows the command's
+  --version      show the version
+
+Every setting of a config can be given on the command line too, for example
+  grao fit --config configs/quickstart.yaml --sampling.group_size 16
+"""
+
+_USER_ERROR = 2
+
+
+def main() -> int:
+    """Run the command line and return the exit status."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_HELP, end="")
+        return 0
+    if arguments[0] == "--version":
+        print(f"grao-lightning {__version__}")
+        return 0
+    commands = ("fit", "validate", "export")
+    if arguments[0] not in commands:
+        print(
+            f"grao: no command {arguments[0]!r}; there are {', '.join(commands)}", file=sys.stderr
+        )
+        return _USER_ERROR
+    # Tokenizers warn when data workers fork after they have used threads.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    return _run(arguments)
+
+
+def _run(arguments: list[str]) -> int:
+    from grao_lightning.faults import UserError
+
+    try:
+        if arguments[0] == "export":
+            from grao_lightning.export import export_command
+
+            export_command(arguments[1:])
+        else:
+            from grao_lightning.cli import run
+
+            run()
+    except UserError as error:
+        if os.environ.get("GRAO_TRACEBACK"):
+            raise
+        print(f"grao: {error}", file=sys.stderr)
+        return _USER_ERROR
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

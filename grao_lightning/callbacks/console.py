@@ -1,0 +1,86 @@
+"""What a user reads while it runs: a bar over the steps and one line a step."""
+
+import sys
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+
+# column: name of the step's value, its format
+_COLUMNS = {
+    "loss": ("loss", "{:.3f}"),
+    "reward": ("reward", "{:.3f}"),
+    "ras": ("ras", "{:.0%}"),
+    "drift": ("kl", "{:.4f}"),
+    "entropy": ("entropy", "{:.2f}"),
+    "length": ("completions/mean_length", "{:.1f}"),
+    "cut off": ("completions/clipped_ratio", "{:.0%}"),
+    "dead groups": ("frac_reward_zero_std", "{:.0%}"),
+}
+
+
+class StepProgressBar(TQDMProgressBar):
+    """One bar from the first step to ``max_steps``, and under a terminal or not one line a step.
+
+    Args:
+        every_n_steps: Print every so many lines; 0 = none.
+    """
+
+    def __init__(self, every_n_steps: int = 1) -> None:
+        super().__init__()
+        self.every_n_steps = every_n_steps
+
+    def init_train_tqdm(self) -> Tqdm:
+        """Return the bar of the training steps."""
+        bar = super().init_train_tqdm()
+        bar.disable = bar.disable or not sys.stderr.isatty()
+        return bar
+
+    def init_validation_tqdm(self) -> Tqdm:
+        """Return the bar of the validation batches."""
+        bar = super().init_validation_tqdm()
+        bar.disable = bar.disable or not sys.stderr.isatty()
+        return bar
+
+    def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
+        """Count steps: there are no epochs, the prompts are endless."""
+        self.train_progress_bar.reset(total=trainer.max_steps)
+        self.train_progress_bar.initial = trainer.global_step
+        self.train_progress_bar.set_description("Training")
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Advance the bar and print the step's line."""
+        step = trainer.global_step
+        self.train_progress_bar.n = step
+        self.train_progress_bar.refresh()
+        if self.every_n_steps and step % self.every_n_steps == 0 and trainer.is_global_zero:
+            self.print(step_line(step, trainer.max_steps, pl_module.step_values))
+
+    def on_validation_batch_end(self, *arguments: Any, **named: Any) -> None:
+        """Advance the bar where there is one."""
+        if not self.val_progress_bar.disable:
+            super().on_validation_batch_end(*arguments, **named)
+
+    def print(self, *lines: Any, sep: str = " ", **_: Any) -> None:
+        """Print above the bar, or plainly where no bar is drawn."""
+        if self._train_progress_bar is not None and not self._train_progress_bar.disable:
+            self._train_progress_bar.write(sep.join(map(str, lines)))
+        else:
+            print(*lines, sep=sep, flush=True)
+
+
+def step_line(step: int, max_steps: int, values: dict[str, float]) -> str:
+    """Return the line of one step.
+
+    Args:
+        step: Steps taken so far.
+        max_steps: Of the run.
+        values: What the step measured, by tag without its ``train/``.
+    """
+    parts = [f"step {step:>{len(str(max_steps))}}/{max_steps}"]
+    for column, (name, form) in _COLUMNS.items():
+        if name in values and not (column == "loss" and "reward" in values):
+            parts.append(f"{column} {form.format(values[name])}")
+    parts.append(f"{values.get('step_time', 0.0):.2f} s/step")
+    return " | ".join(parts)

@@ -1,0 +1,112 @@
+"""TensorBoard beyond scalars: the page of the objective's terms, and completions to read."""
+
+import html
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from grao_lightning.batch import PromptBatch
+
+_TERMS = ("exploration", "imitation", "regularizer")
+_LAYOUT = {
+    "GRAO": {
+        "objective terms": ["Multiline", [f"train/objective/{name}$" for name in _TERMS]],
+        "shares of the terms": ["Multiline", [f"train/objective/{name}_share" for name in _TERMS]],
+        "RAS": ["Margin", ["val/ras", "val/ras_low", "val/ras_high"]],
+        "NAG": ["Margin", ["val/nag", "val/nag_low", "val/nag_high"]],
+        "reward": ["Margin", ["val/reward", "val/reward_low", "val/reward_high"]],
+        "log-probabilities": [
+            "Multiline",
+            ["train/completions/mean_logprob", "train/reference_answer/mean_logprob"],
+        ],
+    }
+}
+
+
+class TensorBoardPanels(Callback):
+    """Writes the custom-scalar page and a text panel of prompts with their completions.
+
+    Args:
+        every_n_steps: Steps between two text panels in training; 0 = none.
+        num_prompts: Prompts in a panel.
+    """
+
+    def __init__(self, every_n_steps: int = 25, num_prompts: int = 2) -> None:
+        self.every_n_steps = every_n_steps
+        self.num_prompts = num_prompts
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the layout of the custom-scalar page."""
+        writer = _writer(trainer)
+        if writer is not None:
+            writer.add_custom_scalars(_LAYOUT)
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: PromptBatch,
+        batch_idx: int,
+    ) -> None:
+        """Write the groups of this step."""
+        due = self.every_n_steps and (trainer.global_step - 1) % self.every_n_steps == 0
+        self._write(trainer, "train/completions", batch, bool(due))
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: PromptBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Write the first validation prompts with the answers of the policy and of the base."""
+        self._write(trainer, "val/completions", batch, batch_idx == 0)
+
+    def _write(self, trainer: Trainer, tag: str, batch: PromptBatch, due: bool) -> None:
+        writer = _writer(trainer)
+        if writer is not None and due and batch.completions is not None:
+            writer.add_text(tag, completion_table(batch, self.num_prompts), trainer.global_step)
+
+
+def completion_table(batch: PromptBatch, num_prompts: int) -> str:
+    """Return Markdown: for each of the first prompts its reference answer and its completions.
+
+    Args:
+        batch: Sampled and scored.
+        num_prompts: At most so many prompts.
+    """
+    assert batch.completions is not None and batch.rewards is not None
+    group_size = batch.completions.group_size
+    parts = []
+    for number in range(min(num_prompts, len(batch))):
+        lines = ["| | reward | advantage | text |", "|---|---|---|---|"]
+        rewards = batch.rewards[number]
+        advantages = rewards * torch.nan if batch.advantages is None else batch.advantages[number]
+        texts = batch.completions.texts[number * group_size : (number + 1) * group_size]
+        answers = [("reference answer", -1, batch.reference_answers[number])]
+        answers += [(f"completion {at + 1}", at, text) for at, text in enumerate(texts)]
+        for label, at, text in answers:
+            advantage = "" if advantages[at].isnan() else f"{advantages[at]:+.2f}"
+            lines.append(f"| {label} | {rewards[at]:.3f} | {advantage} | {_cell(text)} |")
+        if batch.base_completions is not None and batch.base_rewards is not None:
+            reward, text = batch.base_rewards[number], batch.base_completions.texts[number]
+            lines.append(f"| untrained base | {reward:.3f} | | {_cell(text)} |")
+        parts.append(f"**prompt** {_cell(batch.prompts[number])}\n\n" + "\n".join(lines))
+    return "\n\n---\n\n".join(parts)
+
+
+def _cell(text: str) -> str:
+    """Return a text as one Markdown table cell."""
+    return html.escape(text.strip()).replace("|", "&#124;").replace("\n", "<br>")
+
+
+def _writer(trainer: Trainer) -> Any:
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+            return logger.experiment
+    return None

@@ -1,0 +1,216 @@
+"""Scores every group against its reference answer and turns rewards into advantages."""
+
+import logging
+from typing import Any, Literal, get_args
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from grao_lightning.advantages import GroupStatistics, group_advantages
+from grao_lightning.batch import Completions, PromptBatch
+from grao_lightning.callbacks.phase import RareWarning, phase
+from grao_lightning.faults import Faults
+from grao_lightning.metrics import compare
+from grao_lightning.rewards.protocol import (
+    RewardFunction,
+    RewardSpec,
+    call_rewards,
+    weighted_sum,
+)
+
+log = logging.getLogger(__name__)
+
+Comparison = Literal["pairwise", "raw"]
+
+
+class GroupScoring(Callback):
+    """Fills ``batch.rewards``, ``outcomes`` and ``advantages``.
+
+    Completions and reference answers are scored by the same weighted reward functions. A missing
+    score (None or NaN) is left out of the group's statistics, never counted as 0.
+
+    Args:
+        rewards: The reward functions and their weights.
+        comparison: What advantages are made of. "pairwise": +1, 0 or -1 for a completion better
+            than, equal to or worse than the reference answer, whose own is 0, as the paper's judge
+            gives them; "raw": the rewards themselves.
+        tie_tolerance: In the rewards' unit: differences up to this are a tie.
+        statistics: Whose rewards make a group's mean and standard deviation; see
+            `group_advantages`.
+    """
+
+    def __init__(
+        self,
+        rewards: list[RewardSpec],
+        comparison: Comparison = "pairwise",
+        tie_tolerance: float = 0.0,
+        statistics: GroupStatistics = "inside",
+    ) -> None:
+        self.rewards = rewards
+        self.comparison = comparison
+        self.tie_tolerance = tie_tolerance
+        self.statistics = statistics
+        self.held_out_accuracy: dict[str, Any] = {}
+        self._functions: list[RewardFunction] = []
+        self._base_scores: dict[tuple[int, ...], Tensor] = {}
+        self._no_signal = RareWarning()
+
+    def faults(self) -> Faults:
+        """Return what is wrong with the settings; imports the reward functions."""
+        faults = Faults()
+        faults.at_least("scoring.tie_tolerance", self.tie_tolerance, 0)
+        faults.one_of("scoring.comparison", self.comparison, get_args(Comparison))
+        faults.one_of("scoring.statistics", self.statistics, get_args(GroupStatistics))
+        if not self.rewards:
+            faults.add(
+                "scoring.rewards must name at least one reward function; got none: add an entry "
+                "such as {function: my_package.my_module.my_reward}"
+            )
+        labels = [spec.label for spec in self.rewards]
+        for label in sorted({label for label in labels if labels.count(label) > 1}):
+            faults.add(f"scoring.rewards: {label!r} names two reward functions; give each a name")
+        try:
+            self._load()
+        except ValueError as error:
+            faults.add(str(error))
+        return faults
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Load the reward functions and fit those that learn from preference pairs."""
+        for spec, function in zip(self.rewards, self._load(), strict=True):
+            if hasattr(function, "fit") and spec.label not in self.held_out_accuracy:
+                self._fit(spec.label, function, trainer)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: PromptBatch, batch_idx: int
+    ) -> None:
+        """Score the groups and compute their advantages."""
+        if not pl_module.trains_on_groups:
+            return
+        with phase(trainer, batch, "score"):
+            assert batch.completions is not None, "GroupSampling has not filled batch.completions"
+            self._score(batch, batch.completions)
+            batch.advantages = self._advantages(batch)
+        self._note(batch, trainer.global_step)
+
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: PromptBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Compare the policy's completions with the reference answers and with the base's."""
+        with phase(trainer, batch, "score"):
+            assert batch.completions is not None, "GroupSampling has not filled batch.completions"
+            self._score(batch, batch.completions)
+            if batch.base_completions is None or batch.rewards is None:
+                return
+            key = tuple(batch.indices)
+            if key not in self._base_scores:  # the base never changes, nor do its scores
+                scores = self._scores(batch, batch.base_completions)
+                self._base_scores[key] = self._total(scores)[:, 0]
+            base, reference_answer = self._base_scores[key], batch.rewards[:, 1]
+            batch.base_rewards = base
+            batch.base_outcomes = compare(base, reference_answer, self.tie_tolerance)
+            batch.gain_outcomes = compare(batch.rewards[:, 0], base, self.tie_tolerance)
+
+    def _load(self) -> list[RewardFunction]:
+        if not self._functions:
+            self._functions = [spec.load() for spec in self.rewards]
+        return self._functions
+
+    def _fit(self, label: str, function: Any, trainer: Trainer) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        pairs = data.preference_pairs("train")
+        if not pairs[0]:
+            raise ValueError(
+                f"scoring.rewards: {label} learns from pairs of chosen and rejected answers, and "
+                "data.train has none; use preference data or another reward"
+            )
+        function.fit(*pairs)
+        held_out = data.preference_pairs("validation")
+        if held_out[0] and hasattr(function, "accuracy"):
+            accuracy = function.accuracy(*held_out)
+            self.held_out_accuracy[label] = accuracy
+            log.info(
+                "%s, learned from %d train pairs: held-out pair accuracy %.1f %% [%.1f, %.1f] on "
+                "%d validation pairs",
+                label,
+                len(pairs[0]),
+                *(100 * value for value in (accuracy.value, accuracy.low, accuracy.high)),
+                len(held_out[0]),
+            )
+
+    def _score(self, batch: PromptBatch, completions: Completions) -> None:
+        scores = self._scores(batch, completions)
+        batch.rewards = self._total(scores)
+        batch.rewards_by_name = {
+            spec.label: part for spec, part in zip(self.rewards, scores, strict=True)
+        }
+        of_completions, of_answer = batch.rewards[:, :-1], batch.rewards[:, -1:]
+        batch.outcomes = compare(of_completions, of_answer.expand_as(of_completions), self.tie_tolerance)
+
+    def _scores(self, batch: PromptBatch, completions: Completions) -> Tensor:
+        """Return the scores of every function for every member, [F, B, G+1] float64."""
+        arguments = _arguments(batch, completions)
+        scores = torch.tensor(call_rewards(self._load(), arguments), dtype=torch.double)
+        of_completions, of_answers = scores.split([len(completions.ids), len(batch)], dim=1)
+        groups = of_completions.view(len(scores), len(batch), -1)
+        return torch.cat([groups, of_answers[:, :, None]], dim=2)
+
+    def _total(self, scores: Tensor) -> Tensor:
+        return weighted_sum(scores, [spec.weight for spec in self.rewards])
+
+    def _advantages(self, batch: PromptBatch) -> Tensor:
+        assert batch.rewards is not None and batch.outcomes is not None
+        compared = batch.rewards
+        if self.comparison == "pairwise":
+            own = torch.zeros_like(compared[:, -1:])  # R(y, y) = 0
+            compared = torch.cat([batch.outcomes.double(), own], dim=1)
+        return group_advantages(compared, statistics=self.statistics).float()
+
+    def _note(self, batch: PromptBatch, step: int) -> None:
+        assert batch.rewards is not None and batch.outcomes is not None
+        assert batch.advantages is not None
+        note, completions = batch.statistics.mean, batch.rewards[:, :-1]
+        note("reward", completions)
+        note("reward_std", _population_std(completions))
+        note("reference_answer/reward", batch.rewards[:, -1])
+        note("missing_rewards", batch.rewards.isnan().double())
+        note("ras", (batch.outcomes > 0).double().where(~batch.outcomes.isnan(), torch.nan))
+        for name, scores in batch.rewards_by_name.items():
+            note(f"rewards/{name}/mean", scores[:, :-1])
+        dead = (batch.advantages == 0).all(dim=1)
+        note("frac_reward_zero_std", dead.double())
+        note("mean_abs_advantage", batch.advantages.abs())
+        if self._no_signal.due(step, dead.all()):
+            rank_zero_warn(
+                f"step {step}: no group carries a signal (all rewards of each group are equal or "
+                "missing): this step learns nothing; sample more completions, raise the "
+                "temperature or use a finer reward"
+            )
+
+
+def _arguments(batch: PromptBatch, completions: Completions) -> dict[str, list[Any]]:
+    """Return what reward functions are called with: the completions, then the reference answers."""
+    owners = [
+        number // completions.group_size for number in range(len(completions.ids))
+    ] + list(range(len(batch)))
+    columns = {name for row in batch.columns for name in row}
+    return {
+        **{name: [batch.columns[owner].get(name) for owner in owners] for name in sorted(columns)},
+        "prompts": [batch.prompts[owner] for owner in owners],
+        "completions": completions.texts + batch.reference_answers,
+        "reference_answers": [batch.reference_answers[owner] for owner in owners],
+        "truncated": completions.truncated + [False] * len(batch),
+    }
+
+
+def _population_std(rewards: Tensor) -> Tensor:
+    """Return the standard deviation of each group's present rewards, [B]; NaN where none is."""
+    centred = rewards - rewards.nanmean(dim=1, keepdim=True)
+    return centred.square().nanmean(dim=1).sqrt()

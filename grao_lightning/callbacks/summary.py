@@ -1,0 +1,135 @@
+"""What a run leaves: a table on the console and ``summary.json`` in its folder."""
+
+import json
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from grao_lightning.callbacks.scoring import GroupScoring
+from grao_lightning.metrics import Estimate
+from grao_lightning.randomness import run_seed
+
+# row of the table: metric, factor, format
+_ROWS = {
+    "RAS %": ("ras", 100, "{:.1f}"),
+    "NAG %": ("nag", 100, "{:+.1f}"),
+    "reward": ("reward", 1, "{:.3f}"),
+    "length (tokens)": ("length", 1, "{:.1f}"),
+    "cut off %": ("clipped_ratio", 100, "{:.1f}"),
+}
+
+
+class RunSummary(Callback):
+    """Prints the table after ``fit`` and ``validate`` and keeps ``summary.json`` up to date."""
+
+    def __init__(self) -> None:
+        #: The run's configuration, set by the CLI.
+        self.config: dict[str, Any] = {}
+        self._phase_seconds: dict[str, list[float]] = {}
+        self._validated_step: int | None = None
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Collect the wall time of each phase."""
+        for name, value in pl_module.step_values.items():
+            if name == "step_time" or (name.startswith("perf/") and name.endswith("_time")):
+                phase = name.removeprefix("perf/").removesuffix("_time")
+                self._phase_seconds.setdefault(phase, []).append(value)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the newest figures; print them where validation is all there is."""
+        if trainer.sanity_checking:
+            return
+        self._validated_step = trainer.global_step
+        self._write(trainer, pl_module)
+        if trainer.state.fn == "validate":
+            self._print(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the table if the last step was validated; the CLI validates it otherwise."""
+        self._write(trainer, pl_module)
+        if self.is_current(trainer):
+            self._print(trainer, pl_module)
+
+    def is_current(self, trainer: Trainer) -> bool:
+        """Return whether the newest figures are those of the last step."""
+        return self._validated_step == trainer.global_step
+
+    def _print(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            print(summary_table(pl_module.estimates, pl_module.ties_as, pl_module.gain))
+            print(f"written: {_folder(trainer)}", flush=True)
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        peak = _peak_memory()  # of this process; ranks differ little
+        if not trainer.is_global_zero:
+            return
+        scorers = [c for c in trainer.callbacks if isinstance(c, GroupScoring)]  # type: ignore[attr-defined]
+        summary = {
+            **{name: value._asdict() for name, value in pl_module.estimates.items()},
+            "ties_as": pl_module.ties_as,
+            "nag_kind": pl_module.gain,
+            "held_out_accuracy": {
+                name: value._asdict() for name, value in scorers[0].held_out_accuracy.items()
+            },
+            "validated_step": self._validated_step,
+            "steps": trainer.global_step,
+            "sampled_tokens": pl_module.num_sampled_tokens,
+            "seconds_per_step": {
+                name: sum(values) / len(values) for name, values in self._phase_seconds.items()
+            },
+            "peak_memory_bytes": peak,
+            "seed": run_seed(),
+            "world_size": trainer.world_size,
+            "precision": trainer.precision,
+            "config": self.config,
+        }
+        path = _folder(trainer) / "summary.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".tmp")
+        unfinished.write_text(json.dumps(summary, indent=2, default=str) + "\n")
+        os.replace(unfinished, path)
+
+
+def summary_table(estimates: dict[str, Estimate], ties_as: str, gain: str) -> str:
+    """Return the table of validation figures with their 95 % intervals.
+
+    Args:
+        estimates: By metric; those of the untrained base have the prefix ``base_``.
+        ties_as: What a tie counts as in RAS.
+        gain: Which NAG.
+    """
+    header = f"{'':16} {'policy':>8}  {'95 % interval':<18} {'base':>8}  {'reference answer':>16}"
+    lines = ["", header, "-" * len(header)]
+    for label, (name, factor, form) in _ROWS.items():
+        if name not in estimates:
+            continue
+        value, low, high = (form.format(factor * figure) for figure in estimates[name])
+        beside = [
+            form.format(factor * estimates[other].value) if other in estimates else ""
+            for other in (f"base_{name}", f"reference_answer_{name}")
+        ]
+        interval = f"[{low}, {high}]"
+        lines.append(f"{label:16} {value:>8}  {interval:<18} {beside[0]:>8}  {beside[1]:>16}")
+    meaning = {
+        "wins": "share of wins over the untrained base",
+        "net": "wins minus losses against the untrained base",
+    }
+    lines += [f"RAS: wins over the reference answer, ties count as {ties_as}. NAG: {meaning[gain]}."]
+    return "\n".join([*lines, ""])
+
+
+def _folder(trainer: Trainer) -> Path:
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def _peak_memory() -> int:
+    """Return the largest memory in bytes: of the GPU where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

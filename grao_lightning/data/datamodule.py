@@ -1,0 +1,215 @@
+"""The one DataModule: rows from any source -> batches of prompts with their reference answers."""
+
+import logging
+from collections.abc import Sequence
+from glob import has_magic
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+from grao_lightning.batch import PromptBatch
+from grao_lightning.data.encoding import PromptEncoder, conversation_text
+from grao_lightning.data.formats import Example, parse_rows
+from grao_lightning.data.sampler import StepBatchSampler
+from grao_lightning.data.sources import is_local, load_rows
+from grao_lightning.faults import Faults
+from grao_lightning.models import eos_ids, load_tokenizer
+from grao_lightning.randomness import run_seed
+
+log = logging.getLogger(__name__)
+
+_EMBEDDED = "embedded:"
+
+
+class PromptDataModule(LightningDataModule):
+    """Supplies prompts and reference answers, tokenised when they are needed.
+
+    Rows may be Anthropic HH's one-string dialogues or TRL's standard and conversational formats
+    (prompt-only, prompt-completion, preference with explicit or implicit prompt).
+
+    Args:
+        train: Hub name, local file or files (JSONL, JSONL.gz, Parquet, CSV), or
+            ``embedded:keywords``.
+        validation: As ``train``; by default the same source with ``validation_split``.
+        tokenizer: Hub name, folder or file; linked to ``model.policy`` in the CLI.
+        subset: Configuration of a hub data set.
+        data_dir: Folder inside a hub data set, such as ``harmless-base`` of Anthropic/hh-rlhf.
+        train_split: Split of ``train``.
+        validation_split: Split of ``validation``.
+        rename: Column names of the data set -> prompt, chosen, rejected, completion or messages.
+        prompts_per_step: Prompts of one optimiser step over all devices; must be a multiple of
+            their number.
+        validation_prompts: How many validation rows are used, from the first; null = all.
+        validation_batch_size: Prompts sampled together in validation, on each device.
+        max_prompt_tokens: Longer prompts lose their oldest turns; reference answers are never cut.
+        chat_template: Jinja text instead of the tokenizer's own template.
+        num_workers: Processes that tokenise; 0 = none.
+    """
+
+    def __init__(
+        self,
+        train: str | list[str] = "embedded:keywords",
+        validation: str | list[str] | None = None,
+        tokenizer: str = "embedded:keywords",
+        subset: str | None = None,
+        data_dir: str | None = None,
+        train_split: str = "train",
+        validation_split: str = "validation",
+        rename: dict[str, str] | None = None,
+        prompts_per_step: int = 8,
+        validation_prompts: int | None = None,
+        validation_batch_size: int = 32,
+        max_prompt_tokens: int | None = 1024,
+        chat_template: str | None = None,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.prompts_per_step = prompts_per_step
+        self._sources = {"train": train, "validation": train if validation is None else validation}
+        self._splits = {"train": train_split, "validation": validation_split}
+        self._limits = {"train": None, "validation": validation_prompts}
+        self._tokenizer_source = tokenizer
+        self._subset, self._data_dir = subset, data_dir
+        self._rename = rename
+        self._validation_batch_size = validation_batch_size
+        self._max_prompt_tokens = max_prompt_tokens
+        self._chat_template = chat_template
+        self._num_workers = num_workers
+        self.examples: dict[str, list[Example]] = {}
+        self.encoder: PromptEncoder | None = None
+
+    def faults(self, world_size: int = 1) -> Faults:
+        """Return what is wrong with the settings, as far as it shows without reading data."""
+        faults = Faults()
+        faults.at_least("data.prompts_per_step", self.prompts_per_step, 1)
+        faults.at_least("data.validation_batch_size", self._validation_batch_size, 1)
+        if self._limits["validation"] is not None:
+            faults.at_least("data.validation_prompts", self._limits["validation"], 1)
+        if self._max_prompt_tokens is not None:
+            faults.at_least("data.max_prompt_tokens", self._max_prompt_tokens, 1)
+        if self.prompts_per_step % world_size:
+            fitting = max(1, self.prompts_per_step // world_size) * world_size
+            faults.add(
+                f"data.prompts_per_step must be a multiple of the {world_size} devices; got "
+                f"{self.prompts_per_step}: {fitting} works"
+            )
+        for setting, source in self._sources.items():
+            for path in [source] if isinstance(source, str) else source:
+                if is_local(path) and not has_magic(path) and not Path(path).expanduser().exists():
+                    faults.add(f"data.{setting}: no such file: {path}")
+        return faults
+
+    def setup(self, stage: str) -> None:
+        """Read the rows; the train split only where it is trained on or a reward learns from it."""
+        if self.encoder is None:
+            tokenizer = load_tokenizer("data.tokenizer", self._tokenizer_source)
+            self.encoder = PromptEncoder(
+                tokenizer,
+                max_prompt_tokens=self._max_prompt_tokens,
+                chat_template=self._chat_template,
+                eos_ids=eos_ids(self._tokenizer_source, tokenizer),
+            )
+        for split in ("train", "validation") if stage == "fit" else ("validation",):
+            self.read(split)
+
+    def read(self, split: str) -> list[Example]:
+        """Return the examples of "train" or "validation", read on first use.
+
+        Raises:
+            ValueError: The source cannot be read or holds no usable row.
+        """
+        if split not in self.examples:
+            source = self._sources[split]
+            if isinstance(source, str) and source.startswith(_EMBEDDED):
+                rows: Any = _embedded_rows(source, split)
+            else:
+                rows = load_rows(
+                    source,
+                    split=self._splits[split],
+                    subset=self._subset,
+                    data_dir=self._data_dir,
+                )
+            examples, report = parse_rows(rows, self._rename)
+            log.info("data.%s: %s", split, report)
+            if not examples:
+                raise ValueError(f"data.{split}: no usable row in {source}: {report}")
+            self.examples[split] = examples[: self._limits[split]]
+        return self.examples[split]
+
+    def preference_pairs(self, split: str) -> tuple[list[str], list[str], list[str]]:
+        """Return prompts, chosen and rejected answers of the rows that have both."""
+        pairs = [
+            (conversation_text(example.prompt), example.reference_answer, example.rejected_answer)
+            for example in self.read(split)
+            if example.reference_answer is not None and example.rejected_answer is not None
+        ]
+        prompts, chosen, rejected = zip(*pairs, strict=True) if pairs else ((), (), ())
+        return list(prompts), list(chosen), list(rejected)
+
+    def train_dataloader(self) -> DataLoader:
+        """Return endless batches that start at the trainer's global step."""
+        trainer = self.trainer
+        sampler = StepBatchSampler(
+            len(self.examples["train"]),
+            self.prompts_per_step,
+            seed=run_seed(),
+            first_step=trainer.global_step if trainer else 0,
+            rank=trainer.global_rank if trainer else 0,
+            world_size=trainer.world_size if trainer else 1,
+        )
+        return self._loader("train", batch_sampler=sampler)
+
+    def val_dataloader(self) -> DataLoader:
+        """Return this rank's share of the validation rows: nothing repeated, nothing dropped."""
+        rank, world_size = (
+            (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        )
+        rows = list(range(len(self.examples["validation"])))[rank::world_size]
+        return self._loader("validation", sampler=rows, batch_size=self._validation_batch_size)
+
+    def _loader(self, split: str, **options: Any) -> DataLoader:
+        examples = self.examples[split]
+        return DataLoader(
+            _Numbered(examples), collate_fn=self._collate, num_workers=self._num_workers, **options
+        )
+
+    def _collate(self, numbered: Sequence[tuple[int, Example]]) -> PromptBatch:
+        assert self.encoder is not None, "setup() makes the encoder"
+        indices, examples = zip(*numbered, strict=True)
+        answers = [example.reference_answer for example in examples]
+        return PromptBatch(
+            indices=list(indices),
+            prompt_ids=[self.encoder.encode_prompt(example.prompt).ids for example in examples],
+            prompts=[conversation_text(example.prompt) for example in examples],
+            reference_answer_ids=[
+                []
+                if example.reference_answer is None
+                else self.encoder.encode_answer(example.reference_answer, example.prompt)
+                for example in examples
+            ],
+            reference_answers=["" if answer is None else answer for answer in answers],
+            columns=[example.columns for example in examples],
+        )
+
+
+class _Numbered(Sequence[tuple[int, Example]]):
+    """Examples with their row numbers, for a DataLoader."""
+
+    def __init__(self, examples: list[Example]) -> None:
+        self._examples = examples
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: Any) -> Any:
+        return index, self._examples[index]
+
+
+def _embedded_rows(source: str, split: str) -> list[dict[str, Any]]:
+    from grao_lightning.embedded.keywords import keyword_rows
+
+    if source != "embedded:keywords":
+        raise ValueError(f"data.{split}: no embedded data {source!r}; there is embedded:keywords")
+    return keyword_rows(split)

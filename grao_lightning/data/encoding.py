@@ -1,0 +1,268 @@
+"""Prompts and reference answers -> token ids, with one Hugging Face tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+
+from grao_lightning.data.formats import Message
+
+_HH_MARKERS = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "system": ""}
+_HH_CUE = "\n\nAssistant:"
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt as the policy sees it.
+
+    Attributes:
+        ids: Token ids, special tokens included.
+        text: What the ids say, without special tokens the tokenizer adds by itself.
+        truncated_turns: Oldest turns dropped to fit `max_prompt_tokens`.
+        truncated_text: Whether text was cut too, since the last turn alone (or a plain string) did
+            not fit.
+    """
+
+    ids: list[int]
+    text: str
+    truncated_turns: int = 0
+    truncated_text: bool = False
+
+
+class PromptEncoder:
+    """Encodes prompts and answers so that prompt ids + answer ids are the text's natural tokens.
+
+    Conversations go through the chat template, whose text alone decides the special tokens: BOS is
+    there once or, where the template has none, not at all. Without a template they take Anthropic
+    HH's form ("\\n\\nHuman: ...\\n\\nAssistant:") after the tokenizer's own BOS. Plain strings get
+    the tokenizer's BOS, unless they begin with it, and never its EOS.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer with an EOS token.
+        max_prompt_tokens: Longer prompts are cut from the left; None keeps all.
+        chat_template: Jinja text instead of the tokenizer's own template.
+        eos_ids: Further ids that end a turn, such as the generation config's.
+
+    Attributes:
+        end_of_turn_id: Ends every answer: the first EOS the template puts after an answer, or the
+            tokenizer's.
+
+    Raises:
+        ValueError: No EOS id at all, `max_prompt_tokens` leaves no room for text, or a template
+            that cannot render one question and its answer.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        max_prompt_tokens: int | None,
+        chat_template: str | None = None,
+        eos_ids: Sequence[int] = (),
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._max_prompt_tokens = max_prompt_tokens
+        self._chat_template = chat_template
+        self._has_template = bool(chat_template or tokenizer.chat_template)
+        self._bos_ids = self._ids_before_text()
+        if max_prompt_tokens is not None and max_prompt_tokens <= len(self._bos_ids):
+            raise ValueError(
+                f"max_prompt_tokens must be > {len(self._bos_ids)}, the tokens a tokenizer puts "
+                f"before any text; got {max_prompt_tokens}"
+            )
+        known_eos = [
+            *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]),
+            *eos_ids,
+        ]
+        if not known_eos:
+            raise ValueError(
+                "the tokenizer must have an eos_token, which ends every answer; got None: set "
+                "tokenizer.eos_token"
+            )
+        self.end_of_turn_id: int = known_eos[0]
+        # What stands between a conversation's prompt and the answer's first word, and the character
+        # before it, which decides how that word is tokenised.
+        self._answer_lead, self._last_character = " ", _HH_CUE[-1]
+        if self._has_template:
+            self._probe_template(known_eos)
+
+    def encode_prompt(self, prompt: str | Sequence[Message]) -> EncodedPrompt:
+        """Returns a prompt's ids, at most `max_prompt_tokens` of them.
+
+        Conversations lose whole turns, the oldest first, until a user's turn comes first and the
+        rest fits; system messages stay. Only if the last turn alone does not fit, its text is cut
+        from the left. Strings are cut from the left at tokens, keeping BOS.
+
+        Args:
+            prompt: A string, or messages that end with the user's turn.
+
+        Raises:
+            ValueError: The template refuses the conversation, or system messages and template
+                leave no room for a question.
+        """
+        if isinstance(prompt, str):
+            return self._encode_string(prompt)
+        encoded = self._encode_conversation(prompt)
+        if self._fits(encoded):
+            return encoded
+        dropped, kept = 0, list(prompt)
+        later = [i for i, turn in enumerate(prompt) if turn["role"] != "system"][1:]
+        for start in [i for i in later if prompt[i]["role"] == "user"]:
+            kept = [turn for i, turn in enumerate(prompt) if i >= start or turn["role"] == "system"]
+            dropped = len(prompt) - len(kept)
+            encoded = self._encode_conversation(kept, truncated_turns=dropped)
+            if self._fits(encoded):
+                return encoded
+        return self._cut_last_turn(kept, dropped)
+
+    def encode_answer(self, text: str, prompt: str | Sequence[Message] = ()) -> list[int]:
+        """Returns an answer's ids, never cut, and the end-of-turn id.
+
+        Special tokens written out in the text stay text.
+
+        Args:
+            text: The answer.
+            prompt: What it answers. Only strings matter: text after a string is joined to it as it
+                is, save for the usual space after "Assistant:"; every conversation ends alike.
+        """
+        if not text:
+            return [self.end_of_turn_id]
+        lead, before = self._answer_lead, self._last_character
+        if isinstance(prompt, str):
+            lead, before = "", prompt[-1:]
+            if prompt.endswith("Assistant:") and not text[0].isspace():
+                lead = " "
+        # Tokenised after the prompt's last character: alone, many tokenizers would take the answer
+        # for the start of a text and put a space before it.
+        before_ids = self._plain_ids(before)
+        ids = self._plain_ids(before + lead + text)
+        swallowed = ids[: len(before_ids)] != before_ids  # by one token across the border
+        # An unknown word looks the same with and without the answer's first word attached.
+        if not swallowed and self._tokenizer.unk_token_id not in before_ids:
+            ids = ids[len(before_ids) :]
+        else:
+            ids = self._plain_ids(lead + text)
+        return [*ids, self.end_of_turn_id]
+
+    def _encode_string(self, text: str) -> EncodedPrompt:
+        # A string may hold a conversation rendered elsewhere, so its special tokens are real.
+        ids = self._ids(text)
+        num_bos = len(self._bos_ids)
+        if ids[:num_bos] == self._bos_ids:
+            ids = ids[num_bos:]
+        encoded = EncodedPrompt([*self._bos_ids, *ids], text)
+        if self._max_prompt_tokens is None or self._fits(encoded):
+            return encoded
+        ids = ids[len(ids) - (self._max_prompt_tokens - num_bos) :]
+        text = self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        return EncodedPrompt([*self._bos_ids, *ids], text, truncated_text=True)
+
+    def _encode_conversation(self, turns: Sequence[Message], **counts: Any) -> EncodedPrompt:
+        if self._has_template:
+            text = self._render(turns, add_generation_prompt=True)
+            return EncodedPrompt(self._ids(text), text, **counts)
+        text = conversation_text(turns)
+        return EncodedPrompt([*self._bos_ids, *self._plain_ids(text)], text, **counts)
+
+    def _cut_last_turn(self, turns: list[Message], dropped: int) -> EncodedPrompt:
+        """Returns the longest end of the last turn's text that fits, with the system messages."""
+        *before, last = turns
+
+        def encode(start: int) -> EncodedPrompt:
+            end_of_text = {**last, "content": last["content"][start:]}
+            return self._encode_conversation(
+                [*before, end_of_text], truncated_turns=dropped, truncated_text=True
+            )
+
+        too_long, fitting = 0, len(last["content"]) - 1
+        encoded = encode(fitting)
+        if not self._fits(encoded):
+            raise ValueError(
+                f"max_prompt_tokens must be >= {len(encoded.ids)}, which system messages, template "
+                f"and one character take; got {self._max_prompt_tokens}: raise it"
+            )
+        while fitting - too_long > 1:
+            middle = (too_long + fitting) // 2
+            candidate = encode(middle)
+            if self._fits(candidate):
+                fitting, encoded = middle, candidate
+            else:
+                too_long = middle
+        return encoded
+
+    def _fits(self, encoded: EncodedPrompt) -> bool:
+        return self._max_prompt_tokens is None or len(encoded.ids) <= self._max_prompt_tokens
+
+    def _render(self, turns: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        try:
+            return str(
+                self._tokenizer.apply_chat_template(
+                    list(turns),
+                    chat_template=self._chat_template,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                )
+            )
+        except TemplateError as error:
+            roles = ", ".join(turn["role"] for turn in turns)
+            raise ValueError(
+                f"the chat template refuses a conversation of the roles {roles}: {error}; change "
+                "the data or set data.chat_template"
+            ) from None
+
+    def _probe_template(self, known_eos: Sequence[int]) -> None:
+        """Reads off one rendered answer what comes before and after any answer's text."""
+        question, answer = {"role": "user", "content": "Hi"}, "grao-probe-answer"
+        prompt = self._render([question], add_generation_prompt=True)
+        dialogue = self._render(
+            [question, {"role": "assistant", "content": answer}], add_generation_prompt=False
+        )
+        before, found, after = dialogue.rpartition(answer)
+        if not found:
+            raise ValueError(
+                "the chat template must render an assistant's turn as it is written; got "
+                f"{dialogue!r}: set data.chat_template"
+            )
+        self.end_of_turn_id = next(
+            (number for number in self._ids(after) if number in known_eos), known_eos[0]
+        )
+        # Only white space: more (an empty thought, say) is for the policy to write or not.
+        lead = before.removeprefix(prompt)
+        self._answer_lead = lead if before.startswith(prompt) and lead.isspace() else ""
+        # After a special token a text goes on as after a line break: no space is put before it.
+        ends_special = self._ids(prompt)[-1:] != self._plain_ids(prompt)[-1:]
+        self._last_character = "\n" if ends_special else prompt[-1:]
+
+    def _ids_before_text(self) -> list[int]:
+        """Returns what the tokenizer puts before a text by itself: BOS, if anything."""
+        text = self._plain_ids("a")
+        whole = self._tokenizer("a", verbose=False).input_ids
+        start = next(i for i in range(len(whole) + 1) if whole[i : i + len(text)] == text)
+        return list(whole[:start])
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+    def _plain_ids(self, text: str) -> list[int]:
+        """Returns ids of a text in which special tokens written out are just characters."""
+        return list(
+            self._tokenizer(
+                text, add_special_tokens=False, split_special_tokens=True, verbose=False
+            ).input_ids
+        )
+
+
+def conversation_text(prompt: str | Sequence[Message]) -> str:
+    """Returns a prompt as text, conversations in Anthropic HH's form, ending in "Assistant:".
+
+    System messages stand before it as they are.
+
+    >>> conversation_text([{"role": "user", "content": "Hello"}])
+    '\\n\\nHuman: Hello\\n\\nAssistant:'
+    """
+    if isinstance(prompt, str):
+        return prompt
+    return "".join(_HH_MARKERS[turn["role"]] + turn["content"] for turn in prompt) + _HH_CUE

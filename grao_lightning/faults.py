@@ -1,0 +1,40 @@
+"""Config faults: collected from every part, told together before any model loads."""
+
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Something a user can mend: a setting, a file, their combination. Shown without a traceback."""
+
+
+class Faults(list[str]):
+    """Messages, each naming the setting, the rule, the value and the fix."""
+
+    def add(self, *messages: str | None) -> None:
+        """Keep the messages that are not None."""
+        self.extend(message for message in messages if message)
+
+    def at_least(self, setting: str, value: float, minimum: float, reason: str = "") -> None:
+        """Note a value below its minimum."""
+        if value < minimum:
+            self.add(f"{setting} must be >= {minimum}{reason and ': ' + reason}; got {value}")
+
+    def between(self, setting: str, value: float, low: float, high: float) -> None:
+        """Note a value outside [low, high]."""
+        if not low <= value <= high:
+            self.add(f"{setting} must lie in [{low}, {high}]; got {value}")
+
+    def one_of(self, setting: str, value: str, valid: Iterable[str]) -> None:
+        """Note a value that is no valid choice."""
+        if value not in valid:
+            self.add(f"{setting} must be one of {', '.join(valid)}; got {value!r}")
+
+    def raise_if_any(self) -> None:
+        """Raise one error that lists all faults, if there are any.
+
+        Raises:
+            UserError: There are faults.
+        """
+        if self:
+            count = "1 fault" if len(self) == 1 else f"{len(self)} faults"
+            raise UserError("\n  - ".join([f"{count} in the configuration:", *self]))

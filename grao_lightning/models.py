@@ -1,0 +1,108 @@
+"""Where policies and tokenizers come from: a hub name, a folder, a GGUF file, or embedded."""
+
+from pathlib import Path
+from typing import Any
+
+_EMBEDDED = "embedded:"
+
+
+def source_fault(setting: str, source: str) -> str | None:
+    """Return what is wrong with a model source as far as can be told without loading it.
+
+    Args:
+        setting: Name of the setting, for the message.
+        source: As in `load_model`.
+    """
+    if source.startswith(_EMBEDDED):
+        from grao_lightning.embedded.base import BASES
+
+        if source.removeprefix(_EMBEDDED) not in BASES:
+            known = ", ".join(_EMBEDDED + name for name in BASES)
+            return f"{setting}: no embedded model {source!r}; there are {known}"
+        return None
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf":
+        return None if path.is_file() else f"{setting}: no such file: {source}"
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return None
+        return f"{setting}: {source} has no config.json; give a folder that save_pretrained wrote"
+    if path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
+        return (
+            f"{setting}: no such folder: {source}; give a folder that save_pretrained wrote, a "
+            ".gguf file, a hub name (organisation/name) or embedded:keywords"
+        )
+    return None
+
+
+def load_model(setting: str, source: str, **options: Any) -> Any:
+    """Return a Hugging Face causal language model in float32.
+
+    Args:
+        setting: Name of the setting, for messages.
+        source: Hub name, folder, ``.gguf`` file or ``embedded:keywords``.
+        options: For ``from_pretrained``.
+
+    Raises:
+        ValueError: It cannot be loaded.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    options.setdefault("dtype", torch.float32)
+    model = _load(setting, source, AutoModelForCausalLM, **options)
+    # Weights read from GGUF are plain floats by now; the note would make the saved folder unloadable.
+    if hasattr(model.config, "quantization_config") and source.endswith(".gguf"):
+        del model.config.quantization_config
+    return model
+
+
+def load_tokenizer(setting: str, source: str) -> Any:
+    """Return the tokenizer of a source of `load_model`.
+
+    Raises:
+        ValueError: It cannot be loaded, or has no end-of-sequence token.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = _load(setting, source, AutoTokenizer)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{setting}: the tokenizer of {source} has no end-of-sequence token; set it")
+    return tokenizer
+
+
+def eos_ids(source: str, tokenizer: Any) -> tuple[int, ...]:
+    """Return every token id that ends a sequence: the tokenizer's and the generation config's."""
+    from transformers import GenerationConfig
+
+    ids = [tokenizer.eos_token_id]
+    if not source.startswith(_EMBEDDED) and not source.endswith(".gguf"):
+        try:
+            configured = GenerationConfig.from_pretrained(source).eos_token_id
+        except OSError:  # many models ship none
+            configured = None
+        ids += configured if isinstance(configured, list) else [configured]
+    return tuple(dict.fromkeys(number for number in ids if number is not None))
+
+
+def _load(setting: str, source: str, auto_class: Any, **options: Any) -> Any:
+    fault = source_fault(setting, source)
+    if fault:
+        raise ValueError(fault)
+    location = str(Path(source).expanduser()) if source.startswith("~") else source
+    if source.startswith(_EMBEDDED):
+        from grao_lightning.embedded.base import base_folder
+
+        location = str(base_folder(source.removeprefix(_EMBEDDED)))
+    elif source.endswith(".gguf"):
+        path = Path(location)
+        location, options["gguf_file"] = str(path.parent), path.name
+    try:
+        return auto_class.from_pretrained(location, **options)
+    except (OSError, ImportError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{setting}: cannot load {source!r}: {reason} Give a hub name that can be reached, a "
+            "folder that save_pretrained wrote, or a .gguf file (pip install "
+            "'grao-lightning[gguf]')"
+        ) from None

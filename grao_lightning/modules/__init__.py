@@ -1,0 +1,1 @@
+"""LightningModules: one file a method, on a shared base."""

@@ -1,0 +1,344 @@
+"""What every method shares: models, micro-batches, the optimiser, validation, logging."""
+
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from copy import deepcopy
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from grao_lightning.batch import PromptBatch, TokenRow
+from grao_lightning.checks import check_run
+from grao_lightning.faults import Faults
+from grao_lightning.logprobs import TokenLogprobs, split_by_tokens, token_logprobs
+from grao_lightning.metrics import Estimate, GainKind, TiesAs
+from grao_lightning.models import load_model, load_tokenizer, source_fault
+from grao_lightning.modules.validation import ValidationMetrics
+from grao_lightning.objectives.clipping import outward_mask
+
+log = logging.getLogger(__name__)
+
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+class AlignmentModule(LightningModule):
+    """Holds policy and reference model and takes one optimiser step a batch.
+
+    Optimisation is manual: a batch is split into micro-batches by tokens, and every loss is divided
+    by a count over all devices, so that neither the split nor the number of devices changes the
+    gradient. Subclasses write ``training_step`` and call `ascend` and `finish_step` in it.
+
+    Args:
+        policy: Model to train: hub name, folder, ``.gguf`` file or ``embedded:keywords``.
+        reference_model: Frozen model for drift, clipping and NAG's untrained base: "policy" (a copy
+            of the policy before training), another source, or null (none of these then).
+        learning_rate: Peak learning rate of AdamW.
+        weight_decay: Of AdamW, decoupled.
+        betas: Of AdamW.
+        schedule: Learning rate after warm-up: constant, or falling to 0 at ``trainer.max_steps``.
+        warmup_steps: Steps of linear warm-up.
+        micro_batch_tokens: Most padded tokens in one forward pass; lower it when memory runs out.
+        logprob_temperature: Divides the logits in training. 1 trains the policy itself, whatever
+            temperature samples it.
+        gradient_checkpointing: Recompute activations in the backward pass.
+        attn_implementation: Of the Hugging Face models, such as sdpa or flash_attention_2.
+        ties_as: What a tie counts as in RAS: win, half or loss.
+        gain: Which NAG: "net" (wins minus losses against the untrained base) or "wins".
+    """
+
+    #: Whether training reads sampled, scored groups (and not only the reference answers).
+    trains_on_groups = True
+
+    def __init__(
+        self,
+        policy: str = "embedded:keywords",
+        reference_model: str | None = "policy",
+        learning_rate: float = 1e-6,
+        weight_decay: float = 0.01,
+        betas: tuple[float, float] = (0.9, 0.999),
+        schedule: Schedule = "constant",
+        warmup_steps: int = 0,
+        micro_batch_tokens: int = 8192,
+        logprob_temperature: float = 1.0,
+        gradient_checkpointing: bool = False,
+        attn_implementation: str | None = None,
+        ties_as: TiesAs = "loss",
+        gain: GainKind = "net",
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.automatic_optimization = False
+        self.policy_source = policy
+        self.reference_model_source = reference_model
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.betas = betas
+        self.schedule = schedule
+        self.warmup_steps = warmup_steps
+        self.micro_batch_tokens = micro_batch_tokens
+        self.logprob_temperature = logprob_temperature
+        self.gradient_checkpointing = gradient_checkpointing
+        self.attn_implementation = attn_implementation
+        self.policy: Any = None
+        self.reference_model: Any = None
+        self.tokenizer: Any = None
+        self.num_sampled_tokens = 0
+        self.ties_as = ties_as
+        self.gain = gain
+        self.validation_metrics = ValidationMetrics(ties_as, gain)
+        self.estimates: dict[str, Estimate] = {}
+        self.step_values: dict[str, float] = {}
+
+    # -- set-up ------------------------------------------------------------------------------------
+
+    def faults(self) -> Faults:
+        """Return what is wrong with the settings, without loading a model."""
+        faults = Faults()
+        faults.add(source_fault("model.policy", self.policy_source))
+        if self.reference_model_source not in (None, "policy"):
+            faults.add(source_fault("model.reference_model", self.reference_model_source))
+        faults.at_least("model.learning_rate", self.learning_rate, 0)
+        faults.at_least("model.weight_decay", self.weight_decay, 0)
+        faults.at_least("model.warmup_steps", self.warmup_steps, 0)
+        faults.at_least("model.micro_batch_tokens", self.micro_batch_tokens, 1)
+        faults.one_of("model.schedule", self.schedule, ("constant", "linear", "cosine"))
+        if not self.logprob_temperature > 0:
+            faults.add(
+                f"model.logprob_temperature must be > 0; got {self.logprob_temperature}"
+            )
+        return faults
+
+    def setup(self, stage: str) -> None:
+        """Check the run as a whole; Lightning calls this before ``configure_model``."""
+        check_run(self.trainer, self, getattr(self.trainer, "datamodule", None))
+
+    def configure_model(self) -> None:
+        """Load tokenizer, policy and reference model; does nothing the second time."""
+        if self.policy is not None:
+            return
+        options = {}
+        if self.attn_implementation:
+            options["attn_implementation"] = self.attn_implementation
+        self.tokenizer = load_tokenizer("model.policy", self.policy_source)
+        self.policy = load_model("model.policy", self.policy_source, **options)
+        if self.reference_model_source == "policy":
+            self.reference_model = deepcopy(self.policy)
+        elif self.reference_model_source is not None:
+            self.reference_model = load_model(
+                "model.reference_model", self.reference_model_source, **options
+            )
+        if self.reference_model is not None:
+            self.reference_model.requires_grad_(False).eval()
+        if self.gradient_checkpointing:
+            self.policy.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """Return AdamW and its schedule by step."""
+        # A fused AdamW unscales by itself, so under a gradient scaler the norm would be clipped too
+        # late; there the plain one is used.
+        fused = self.trainer.precision != "16-mixed"
+        optimizer = torch.optim.AdamW(
+            self.policy.parameters(),
+            lr=self.learning_rate,
+            weight_decay=self.weight_decay,
+            betas=tuple(self.betas),
+            fused=fused,
+        )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._schedule_factor)
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def on_fit_start(self) -> None:
+        """Put the policy in training mode: Hugging Face loads models in evaluation mode."""
+        self.policy.train()
+
+    def train(self, mode: bool = True) -> "AlignmentModule":
+        """Set the mode of the policy; the reference model always evaluates."""
+        super().train(mode)
+        if self.reference_model is not None:
+            self.reference_model.eval()
+        return self
+
+    # -- one step ----------------------------------------------------------------------------------
+
+    def ascend(
+        self, batch: PromptBatch, rows: Sequence[TokenRow], coefficients: Tensor
+    ) -> "RowLogprobs":
+        """Add the gradient of ``-sum_r c_r l(row_r)`` and return the rows' log-probabilities.
+
+        Rows whose coefficient is 0 pass through the model without gradients. Where the batch has
+        ``outward_limits``, tokens that already left them are not pushed further.
+
+        Args:
+            batch: Gets ``policy_logprobs``; with outward limits its ``reference_model_logprobs`` are
+                read.
+            rows: R prompts with their answers.
+            coefficients: [R] derivative of the objective by each row's mean log-probability, already
+                divided by counts over all devices.
+        """
+        coefficients = coefficients.to(self.device)
+        collected = RowLogprobs(len(rows))
+
+        def forward(numbers: list[int]) -> TokenLogprobs:
+            logprobs = token_logprobs(
+                self.policy,
+                [rows[number] for number in numbers],
+                temperature=self.logprob_temperature,
+            )
+            collected.add(numbers, logprobs)
+            return logprobs
+
+        active, silent = coefficients.nonzero()[:, 0], (coefficients == 0).nonzero()[:, 0]
+        with torch.no_grad():
+            for numbers in split_by_tokens(rows, silent.tolist(), self.micro_batch_tokens):
+                forward(numbers)
+        micro_batches = split_by_tokens(rows, active.tolist(), self.micro_batch_tokens)
+        for number, numbers in enumerate(micro_batches, start=1):
+            logprobs = forward(numbers)
+            weights = self._token_weights(batch, logprobs, numbers, coefficients[numbers])
+            loss = -(coefficients[numbers] * logprobs.mean_by_row(weights)).sum()
+            self._backward(loss, is_last=number == len(micro_batches))
+        if not micro_batches:  # ranks must meet in the same collectives, signal or not
+            parameters = self.policy.parameters()
+            self._backward(sum(p.sum() * 0.0 for p in parameters if p.requires_grad), is_last=True)
+        batch.policy_logprobs = collected.logprobs
+        return collected
+
+    def _token_weights(
+        self, batch: PromptBatch, computed: TokenLogprobs, numbers: list[int], coefficients: Tensor
+    ) -> Tensor | None:
+        """Return 1 for tokens that count and 0 for those the outward mask drops, [K]; None = all."""
+        limits, frozen = batch.outward_limits, batch.reference_model_logprobs
+        if limits is None:
+            return None
+        assert frozen is not None, "outward_limits need reference_model_logprobs"
+        counts = outward_mask(
+            computed.flat,
+            torch.cat([frozen[number] for number in numbers]),
+            coefficients[computed.row],
+            low=limits.low,
+            high=limits.high,
+        )
+        batch.statistics.mean("clip_ratio/outward", (~counts).float())
+        return counts.float()
+
+    def finish_step(self, batch: PromptBatch) -> None:
+        """Take the optimiser step and log what the batch's stages noted."""
+        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        assert not isinstance(optimizer, list) and scheduler is not None
+        batch.statistics.mean("learning_rate", optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        scheduler.step()  # type: ignore[union-attr, call-arg]
+        self._log_step(batch)
+
+    def global_sum(self, value: float) -> float:
+        """Return the sum of a number over all ranks."""
+        return self.reduce_over_ranks(torch.tensor([value], dtype=torch.double), "sum").item()
+
+    def reduce_over_ranks(self, values: Tensor, operation: str) -> Tensor:
+        """Return values over all ranks; ``operation`` is "sum" or "max"."""
+        if self.trainer.world_size == 1:
+            return values
+        reduced = self.trainer.strategy.reduce(values.to(self.device), reduce_op=operation)
+        return reduced.cpu()
+
+    def _backward(self, loss: Any, *, is_last: bool) -> None:
+        strategy = self.trainer.strategy
+        # Gradients of all but the last micro-batch stay local: one exchange a step.
+        wait = nullcontext() if is_last else getattr(strategy, "block_backward_sync", nullcontext)()
+        with wait:
+            self.manual_backward(loss * self.trainer.world_size)  # DDP divides by it
+
+    def _schedule_factor(self, step: int) -> float:
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        if self.schedule == "constant":
+            return 1.0
+        falling_steps = max(1, self.trainer.max_steps - self.warmup_steps)
+        left = max(0.0, 1 - (step - self.warmup_steps) / falling_steps)
+        if self.schedule == "linear":
+            return left
+        return 0.5 * (1 - torch.cos(torch.tensor(left * torch.pi)).item())
+
+    # -- logging -----------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Start the clock of the update; callbacks have sampled and scored by now."""
+        self._update_started = time.perf_counter()
+
+    def _log_step(self, batch: PromptBatch) -> None:
+        batch.seconds["update"] = time.perf_counter() - self._update_started
+        for phase, seconds in batch.seconds.items():
+            batch.statistics.mean(f"perf/{phase}_time", seconds)
+        values = batch.statistics.reduced(self.reduce_over_ranks)
+        if batch.completions is not None:
+            sampled = self.global_sum(batch.completions.lengths.sum().item())
+            self.num_sampled_tokens += int(sampled)
+            values["num_tokens"] = float(self.num_sampled_tokens)
+            values["perf/tokens_per_second"] = sampled / sum(batch.seconds.values())
+        values["step_time"] = sum(batch.seconds.values())
+        self.step_values = values
+        self.log_dict({f"train/{name}": value for name, value in values.items()}, batch_size=1)
+
+    # -- validation --------------------------------------------------------------------------------
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Take in one batch's outcomes; `GroupSampling` and `GroupScoring` have filled it."""
+        self.validation_metrics.update(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log every metric with its interval."""
+        self.estimates = self.validation_metrics.compute()
+        self.validation_metrics.reset()
+        for name, estimate in self.estimates.items():
+            ends = {"": estimate.value, "_low": estimate.low, "_high": estimate.high}
+            self.log_dict({f"val/{name}{end}": value for end, value in ends.items()}, batch_size=1)
+
+    # -- checkpoints -------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the reference model out: it is loaded from its source again."""
+        state = checkpoint["state_dict"]
+        for name in [name for name in state if name.startswith("reference_model.")]:
+            del state[name]
+        checkpoint["num_sampled_tokens"] = self.num_sampled_tokens
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the counters; see `load_state_dict` for the weights."""
+        self.num_sampled_tokens = checkpoint.get("num_sampled_tokens", 0)
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Load the policy; the reference model keeps the weights of its own source."""
+        if self.reference_model is not None:
+            own = self.reference_model.state_dict(prefix="reference_model.")
+            state_dict = {**own, **state_dict}
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+
+class RowLogprobs:
+    """Detached log-probabilities and entropies of all rows of a step, in the order of the rows."""
+
+    def __init__(self, num_rows: int) -> None:
+        self.logprobs: list[Tensor] = [torch.empty(0)] * num_rows
+        self.entropies: list[Tensor] = [torch.empty(0)] * num_rows
+
+    def add(self, numbers: list[int], computed: TokenLogprobs) -> None:
+        """Keep the tokens of the rows ``numbers``."""
+        lengths = computed.lengths.tolist()
+        parts = zip(
+            numbers,
+            computed.flat.detach().split(lengths),
+            computed.entropy.split(lengths),
+            strict=True,
+        )
+        for number, logprobs, entropy in parts:
+            self.logprobs[number], self.entropies[number] = logprobs, entropy
+
+    @property
+    def means(self) -> Tensor:
+        """Return l(x) of every row, [R] nats per token."""
+        return torch.stack([row.mean() for row in self.logprobs])

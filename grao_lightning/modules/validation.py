@@ -1,0 +1,77 @@
+"""What validation measures, for the policy and for the untrained base beside it."""
+
+import torch
+from torch import Tensor, nn
+
+from grao_lightning.batch import Completions, PromptBatch
+from grao_lightning.metrics import (
+    Estimate,
+    GainKind,
+    MeanWithInterval,
+    NormalizedAlignmentGain,
+    RelativeAdversarialScore,
+    ShareWithInterval,
+    TiesAs,
+)
+
+
+class ValidationMetrics(nn.Module):
+    """RAS, NAG, reward, length and cut-off share over the prompts of all ranks.
+
+    Args:
+        ties_as: What a tie counts as in RAS.
+        gain: Which NAG.
+    """
+
+    def __init__(self, ties_as: TiesAs = "loss", gain: GainKind = "net") -> None:
+        super().__init__()
+        self.metrics = nn.ModuleDict(
+            {
+                "ras": RelativeAdversarialScore(ties_as),
+                "nag": NormalizedAlignmentGain(gain),
+                "reward": MeanWithInterval(),
+                "length": MeanWithInterval(),
+                "clipped_ratio": ShareWithInterval(),
+                "base_ras": RelativeAdversarialScore(ties_as),
+                "base_reward": MeanWithInterval(),
+                "base_length": MeanWithInterval(),
+                "base_clipped_ratio": ShareWithInterval(),
+                "reference_answer_reward": MeanWithInterval(),
+                "reference_answer_length": MeanWithInterval(),
+            }
+        )
+
+    def update(self, batch: PromptBatch) -> None:
+        """Take in a sampled and scored validation batch."""
+        assert batch.rewards is not None and batch.outcomes is not None
+        assert batch.completions is not None
+        self._add("ras", batch.outcomes)
+        self._add("reward", batch.rewards[:, 0])
+        self._add_sizes("", batch.completions)
+        self._add("reference_answer_reward", batch.rewards[:, 1])
+        answer_lengths = [len(ids) for ids in batch.reference_answer_ids]
+        self._add("reference_answer_length", torch.tensor(answer_lengths))
+        if batch.base_completions is not None:
+            self._add("base_ras", batch.base_outcomes)
+            self._add("base_reward", batch.base_rewards)
+            self._add_sizes("base_", batch.base_completions)
+            self._add("nag", batch.gain_outcomes)
+
+    def compute(self) -> dict[str, Estimate]:
+        """Return every metric that saw a prompt."""
+        estimates = {name: metric.compute() for name, metric in self.metrics.items()}
+        return {name: value for name, value in estimates.items() if value.value == value.value}
+
+    def reset(self) -> None:
+        """Forget everything."""
+        for metric in self.metrics.values():
+            metric.reset()
+
+    def _add(self, name: str, values: Tensor | None) -> None:
+        assert values is not None, f"GroupScoring has not filled what {name} needs"
+        metric = self.metrics[name]
+        metric.update(values.to(metric.device))
+
+    def _add_sizes(self, prefix: str, completions: Completions) -> None:
+        self._add(f"{prefix}length", completions.lengths)
+        self._add(f"{prefix}clipped_ratio", completions.truncated_mask)

@@ -1,0 +1,1 @@
+"""Pure objectives: one file per method, torch only, one signature, named terms."""

@@ -1,0 +1,1 @@
+"""Reward functions and the protocol they are called by."""

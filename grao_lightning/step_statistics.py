@@ -1,0 +1,47 @@
+"""What one training step measured, brought together over all ranks in two collectives."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Reduce = Callable[[Tensor, str], Tensor]  # (values, "sum" | "max") -> values over all ranks
+
+
+class StepStatistics:
+    """Named means and extremes of one step.
+
+    Sums and counts are kept apart until all ranks are added up, so a mean over ranks with
+    different numbers of tokens is still the mean over all tokens. Every rank must note the same
+    names in the same order.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float, float]] = {}
+        self._highest: dict[str, float] = {}
+
+    def mean(self, name: str, values: Tensor | float) -> None:
+        """Note values whose mean is wanted; NaN is left out."""
+        flat = torch.as_tensor(values, dtype=torch.double).detach().flatten()
+        present = flat[~flat.isnan()]
+        total, count = self._sums.get(name, (0.0, 0.0))
+        self._sums[name] = (total + present.sum().item(), count + len(present))
+
+    def extremes(self, name: str, values: Tensor) -> None:
+        """Note values whose minimum and maximum are wanted, under ``name`` with {} replaced."""
+        self._highest[name.format("max")] = values.max().item()
+        self._highest[name.format("min")] = -values.min().item()
+
+    def reduced(self, reduce: Reduce) -> dict[str, float]:
+        """Return every statistic over all ranks; a mean over nothing is NaN."""
+        sums = reduce(torch.tensor(list(self._sums.values()), dtype=torch.double), "sum")
+        means = {
+            name: (total / count if count else float("nan"))
+            for name, (total, count) in zip(self._sums, sums.tolist(), strict=True)
+        }
+        if not self._highest:
+            return means
+        highest = reduce(torch.tensor(list(self._highest.values()), dtype=torch.double), "max")
+        for name, value in zip(self._highest, highest.tolist(), strict=True):
+            means[name] = -value if name.endswith("min_length") else value
+        return means
