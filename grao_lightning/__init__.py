@@ -19,7 +19,7 @@ _PUBLIC = {
     "group_advantages": "grao_lightning.advantages",
     "grao_objective": "grao_lightning.objectives.grao",
 }
-__all__ = [*_PUBLIC, "__version__"]  # noqa: PLE0604
+__all__ = [*_PUBLIC, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -32,8 +32,8 @@ def group_advantages(
     zeros; dividing by ``std + eps`` instead would amplify rounding noise.
 
     Args:
-        rewards: [B, G+1] floating, any unit, reference answer last. NaN means missing: such a member
-            is left out of the statistics and gets advantage 0.
+        rewards: [B, G+1] floating, any unit, reference answer last. NaN means missing: such a
+            member is left out of the statistics and gets advantage 0.
         statistics: Whose rewards make mean and standard deviation.
         tolerance: In the unit of the rewards. Largest spread (maximum minus minimum) that still
             counts as equal.
@@ -72,7 +72,7 @@ def group_advantages(
 
 
 def _standardised(rewards: Tensor, counted: Tensor, tolerance: float) -> Tensor:
-    """Return (R - mean) / std with the statistics over the present members that ``counted`` marks."""
+    """Return (R - mean) / std, the statistics over present members that ``counted`` marks."""
     present = ~rewards.isnan()
     counted = counted & present
     number = counted.sum(dim=1, keepdim=True).clamp(min=1)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 
 from grao_lightning.callbacks.clipping import ReferenceAwareClipping
 from grao_lightning.callbacks.sampling import GroupSampling
@@ -21,7 +21,7 @@ def check_run(trainer: Trainer, module: Any, data: Any) -> None:
         data: A `PromptDataModule`, or None where other loaders supply the batches.
 
     Raises:
-        ValueError: Lists every fault.
+        UserError: Lists every fault.
     """
     faults = Faults()
     faults.add(*module.faults())
@@ -34,9 +34,8 @@ def check_run(trainer: Trainer, module: Any, data: Any) -> None:
 
 def _stage_faults(trainer: Trainer, has_reference_model: bool) -> Faults:
     faults = Faults()
-    found = [
-        callback for callback in trainer.callbacks if isinstance(callback, _STAGES)  # type: ignore[attr-defined]
-    ]
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    found = [callback for callback in callbacks if isinstance(callback, _STAGES)]
     wanted = ", ".join(stage.__name__ for stage in _STAGES)
     for stage in _STAGES:
         number = sum(isinstance(callback, stage) for callback in found)
@@ -65,7 +64,7 @@ def _trainer_faults(trainer: Trainer) -> Faults:
     strategy = type(trainer.strategy).__name__
     if "DeepSpeed" in strategy or "FSDP" in strategy or "ModelParallel" in strategy:
         faults.add(
-            f"trainer.strategy must keep whole gradients on every device for the norm to be clipped; "
-            f"got {strategy}: use auto or ddp"
+            f"trainer.strategy must keep whole gradients on every device, or their norm is not "
+            f"clipped; got {strategy}: use auto or ddp"
         )
     return faults

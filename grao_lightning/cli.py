@@ -1,13 +1,16 @@
 """``grao fit`` and ``grao validate``: LightningCLI with the three stages in their order."""
 
 import logging
+import os
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
+import transformers
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from grao_lightning.callbacks.clipping import ReferenceAwareClipping
@@ -56,8 +59,6 @@ class GRAOCommandLine(LightningCLI):
                 },
                 "callbacks": [StepProgressBar(), TensorBoardPanels(), RunSummary()],
             },
-            # One value for every subcommand's parser.
-            parser_kwargs={"parser_mode": "yaml"},
         )
 
     @staticmethod
@@ -92,13 +93,18 @@ class GRAOCommandLine(LightningCLI):
     def instantiate_classes(self) -> None:
         """Make the parts, then tell every fault before a model loads."""
         super().instantiate_classes()
-        self._summary = next(c for c in self.trainer.callbacks if isinstance(c, RunSummary))
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        self._summary = next(part for part in callbacks if isinstance(part, RunSummary))
         self._summary.config = yaml.safe_load(
             self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
         )
         check_run(self.trainer, self.model, self.datamodule)
         checkpoint = self.config_init[self.subcommand].get("ckpt_path")
-        if checkpoint and checkpoint not in ("last", "best", "hpc") and not Path(checkpoint).exists():
+        if (
+            checkpoint
+            and checkpoint not in ("last", "best", "hpc")
+            and not Path(checkpoint).exists()
+        ):
             raise UserError(f"ckpt_path: no such file: {checkpoint}")
 
     def after_fit(self) -> None:
@@ -113,11 +119,16 @@ def run(arguments: Any = None) -> GRAOCommandLine:
     Raises:
         UserError: A setting, a file or the combination of parts is wrong.
     """
+    if not sys.stderr.isatty():  # bars are for eyes; in a log they are noise
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        transformers.utils.logging.disable_progress_bar()
     for message in _QUIET:
         warnings.filterwarnings("ignore", message=message)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for noisy in ("httpx", "datasets", "transformers", "absl"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    advertisements = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    advertisements.addFilter(lambda record: "Tip: For seamless" not in record.getMessage())
     try:
         return GRAOCommandLine()
     except MisconfigurationException as error:

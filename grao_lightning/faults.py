@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Something a user can mend: a setting, a file, their combination. Shown without a traceback."""
+    """What a user can mend: a setting, a file, their combination. Shown without traceback."""
 
 
 class Faults(list[str]):

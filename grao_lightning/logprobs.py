@@ -41,7 +41,7 @@ class TokenLogprobs:
     lengths: Tensor
 
     def mean_by_row(self, token_weights: Tensor | None = None) -> Tensor:
-        """Return l(x), [R] nats per token: the (weighted) sum over a row's tokens over their number.
+        """Return l(x), [R] nats per token: a row's (weighted) sum over its number of tokens.
 
         Args:
             token_weights: [K], 1 = counts fully; the divisor stays the number of tokens.
@@ -111,13 +111,19 @@ def split_by_tokens(
     return micro_batches
 
 
+def at_least_float32(values: Tensor) -> Tensor:
+    """Return values in float32, or in float64 if that is what they are."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def _chunked_logprobs(
     states: Tensor, logits: Logits, targets: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Return log-probabilities [K] and entropies [K] from states [K, H], a chunk at a time."""
 
     def chunk(states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        all_logprobs = F.log_softmax(logits(states).float() / temperature, dim=-1)
+        scaled = at_least_float32(logits(states)) / temperature
+        all_logprobs = F.log_softmax(scaled, dim=-1)
         with torch.no_grad():
             entropy = -(all_logprobs.exp() * all_logprobs).nan_to_num(0.0).sum(dim=-1)
         return all_logprobs.gather(1, targets[:, None])[:, 0], entropy

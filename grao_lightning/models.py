@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from grao_lightning.faults import UserError
+
 _EMBEDDED = "embedded:"
 
 
@@ -44,16 +46,17 @@ def load_model(setting: str, source: str, **options: Any) -> Any:
         options: For ``from_pretrained``.
 
     Raises:
-        ValueError: It cannot be loaded.
+        UserError: It cannot be loaded.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     options.setdefault("dtype", torch.float32)
     model = _load(setting, source, AutoModelForCausalLM, **options)
-    # Weights read from GGUF are plain floats by now; the note would make the saved folder unloadable.
-    if hasattr(model.config, "quantization_config") and source.endswith(".gguf"):
+    # Weights read from GGUF are plain floats by now; the note would make them unsaveable.
+    if source.endswith(".gguf") and hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+        model.hf_quantizer, model.is_quantized = None, False
     return model
 
 
@@ -61,13 +64,15 @@ def load_tokenizer(setting: str, source: str) -> Any:
     """Return the tokenizer of a source of `load_model`.
 
     Raises:
-        ValueError: It cannot be loaded, or has no end-of-sequence token.
+        UserError: It cannot be loaded, or has no end-of-sequence token.
     """
     from transformers import AutoTokenizer
 
     tokenizer = _load(setting, source, AutoTokenizer)
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"{setting}: the tokenizer of {source} has no end-of-sequence token; set it")
+        raise UserError(
+            f"{setting}: the tokenizer of {source} has no end-of-sequence token; set it"
+        )
     return tokenizer
 
 
@@ -88,7 +93,7 @@ def eos_ids(source: str, tokenizer: Any) -> tuple[int, ...]:
 def _load(setting: str, source: str, auto_class: Any, **options: Any) -> Any:
     fault = source_fault(setting, source)
     if fault:
-        raise ValueError(fault)
+        raise UserError(fault)
     location = str(Path(source).expanduser()) if source.startswith("~") else source
     if source.startswith(_EMBEDDED):
         from grao_lightning.embedded.base import base_folder
@@ -101,7 +106,7 @@ def _load(setting: str, source: str, auto_class: Any, **options: Any) -> Any:
         return auto_class.from_pretrained(location, **options)
     except (OSError, ImportError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(
+        raise UserError(
             f"{setting}: cannot load {source!r}: {reason} Give a hub name that can be reached, a "
             "folder that save_pretrained wrote, or a .gguf file (pip install "
             "'grao-lightning[gguf]')"

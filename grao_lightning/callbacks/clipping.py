@@ -1,9 +1,10 @@
 """Keeps the update near the reference model: gradient norm, drift, outward mask."""
 
 import math
+from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
@@ -70,7 +71,9 @@ class ReferenceAwareClipping(Callback):
             f"clipping.{name}" for name in ("drift_target", "outward_mask") if getattr(self, name)
         ]
         if needing and self.drift_every != 1:
-            faults.add(f"{' and '.join(needing)} needs clipping.drift_every=1; got {self.drift_every}")
+            faults.add(
+                f"{' and '.join(needing)} needs clipping.drift_every=1; got {self.drift_every}"
+            )
         if needing and not has_reference_model:
             faults.add(
                 f"{' and '.join(needing)} needs a reference model; set model.reference_model to "
@@ -79,7 +82,7 @@ class ReferenceAwareClipping(Callback):
         return faults
 
     def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: PromptBatch, batch_idx: int
+        self, trainer: Trainer, pl_module: Any, batch: PromptBatch, batch_idx: int
     ) -> None:
         """Compute the reference model's log-probabilities where this step needs them."""
         self._batch = batch
@@ -103,7 +106,7 @@ class ReferenceAwareClipping(Callback):
             batch.outward_limits = OutwardLimits(1 - self.eps_low, 1 + self.eps_high)
 
     def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+        self, trainer: Trainer, pl_module: Any, optimizer: Optimizer
     ) -> None:
         """Clip the gradient norm; drop a gradient that is not finite."""
         assert self._batch is not None, "on_train_batch_start comes first"
@@ -117,7 +120,7 @@ class ReferenceAwareClipping(Callback):
         else:
             self._skipped_in_a_row = 0
 
-    def _drift(self, pl_module: LightningModule) -> float:
+    def _drift(self, pl_module: Any) -> float:
         """Return the mean drift over the sampled tokens of all ranks; NaN where not measured."""
         batch = self._batch
         assert batch is not None

@@ -3,7 +3,7 @@
 import sys
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
@@ -49,7 +49,7 @@ class StepProgressBar(TQDMProgressBar):
         self.train_progress_bar.initial = trainer.global_step
         self.train_progress_bar.set_description("Training")
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         """Advance the bar and print the step's line."""
         step = trainer.global_step
         self.train_progress_bar.n = step

@@ -4,7 +4,7 @@ import html
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from grao_lightning.batch import PromptBatch
@@ -37,7 +37,7 @@ class TensorBoardPanels(Callback):
         self.every_n_steps = every_n_steps
         self.num_prompts = num_prompts
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Write the layout of the custom-scalar page."""
         writer = _writer(trainer)
         if writer is not None:
@@ -46,7 +46,7 @@ class TensorBoardPanels(Callback):
     def on_train_batch_end(
         self,
         trainer: Trainer,
-        pl_module: LightningModule,
+        pl_module: Any,
         outputs: Any,
         batch: PromptBatch,
         batch_idx: int,
@@ -58,7 +58,7 @@ class TensorBoardPanels(Callback):
     def on_validation_batch_end(
         self,
         trainer: Trainer,
-        pl_module: LightningModule,
+        pl_module: Any,
         outputs: Any,
         batch: PromptBatch,
         batch_idx: int,

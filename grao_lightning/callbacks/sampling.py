@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from grao_lightning.batch import Completions, PromptBatch
@@ -69,7 +69,7 @@ class GroupSampling(Callback):
         faults.at_least("sampling.rows_at_once", self.rows_at_once, 1)
         return faults
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Say once when the sampler is not the policy."""
         if self.top_k or self.top_p < 1 or self.min_p:
             rank_zero_warn(
@@ -79,7 +79,7 @@ class GroupSampling(Callback):
             )
 
     def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: PromptBatch, batch_idx: int
+        self, trainer: Trainer, pl_module: Any, batch: PromptBatch, batch_idx: int
     ) -> None:
         """Sample G completions of every prompt from the policy."""
         if not pl_module.trains_on_groups:
@@ -93,7 +93,7 @@ class GroupSampling(Callback):
     def on_validation_batch_start(
         self,
         trainer: Trainer,
-        pl_module: LightningModule,
+        pl_module: Any,
         batch: PromptBatch,
         batch_idx: int,
         dataloader_idx: int = 0,
@@ -117,7 +117,7 @@ class GroupSampling(Callback):
         ]
 
     def _sample(
-        self, pl_module: LightningModule, model: Any, batch: PromptBatch, uniforms: list
+        self, pl_module: Any, model: Any, batch: PromptBatch, uniforms: list
     ) -> Completions:
         return sample_completions(
             model,
@@ -128,7 +128,7 @@ class GroupSampling(Callback):
             rows_at_once=self.rows_at_once,
         )
 
-    def _settings_for(self, pl_module: LightningModule) -> SamplingSettings:
+    def _settings_for(self, pl_module: Any) -> SamplingSettings:
         if self._settings is None:
             self._settings = SamplingSettings(
                 max_new_tokens=self.max_new_tokens,
@@ -150,6 +150,6 @@ class GroupSampling(Callback):
         if self._cut_off.due(step, share > 0.5):
             rank_zero_warn(
                 f"step {step}: {share:.0%} of the completions were cut off at "
-                f"sampling.max_new_tokens={self.max_new_tokens}; raise it, or the policy learns from "
-                "unfinished answers"
+                f"sampling.max_new_tokens={self.max_new_tokens}; raise it, or the policy learns "
+                "from unfinished answers"
             )

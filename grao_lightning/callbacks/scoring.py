@@ -4,14 +4,14 @@ import logging
 from typing import Any, Literal, get_args
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from grao_lightning.advantages import GroupStatistics, group_advantages
 from grao_lightning.batch import Completions, PromptBatch
 from grao_lightning.callbacks.phase import RareWarning, phase
-from grao_lightning.faults import Faults
+from grao_lightning.faults import Faults, UserError
 from grao_lightning.metrics import compare
 from grao_lightning.rewards.protocol import (
     RewardFunction,
@@ -73,18 +73,18 @@ class GroupScoring(Callback):
             faults.add(f"scoring.rewards: {label!r} names two reward functions; give each a name")
         try:
             self._load()
-        except ValueError as error:
+        except UserError as error:
             faults.add(str(error))
         return faults
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Load the reward functions and fit those that learn from preference pairs."""
         for spec, function in zip(self.rewards, self._load(), strict=True):
             if hasattr(function, "fit") and spec.label not in self.held_out_accuracy:
                 self._fit(spec.label, function, trainer)
 
     def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: PromptBatch, batch_idx: int
+        self, trainer: Trainer, pl_module: Any, batch: PromptBatch, batch_idx: int
     ) -> None:
         """Score the groups and compute their advantages."""
         if not pl_module.trains_on_groups:
@@ -98,7 +98,7 @@ class GroupScoring(Callback):
     def on_validation_batch_start(
         self,
         trainer: Trainer,
-        pl_module: LightningModule,
+        pl_module: Any,
         batch: PromptBatch,
         batch_idx: int,
         dataloader_idx: int = 0,
@@ -127,7 +127,7 @@ class GroupScoring(Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         pairs = data.preference_pairs("train")
         if not pairs[0]:
-            raise ValueError(
+            raise UserError(
                 f"scoring.rewards: {label} learns from pairs of chosen and rejected answers, and "
                 "data.train has none; use preference data or another reward"
             )
@@ -152,7 +152,9 @@ class GroupScoring(Callback):
             spec.label: part for spec, part in zip(self.rewards, scores, strict=True)
         }
         of_completions, of_answer = batch.rewards[:, :-1], batch.rewards[:, -1:]
-        batch.outcomes = compare(of_completions, of_answer.expand_as(of_completions), self.tie_tolerance)
+        batch.outcomes = compare(
+            of_completions, of_answer.expand_as(of_completions), self.tie_tolerance
+        )
 
     def _scores(self, batch: PromptBatch, completions: Completions) -> Tensor:
         """Return the scores of every function for every member, [F, B, G+1] float64."""
@@ -197,9 +199,9 @@ class GroupScoring(Callback):
 
 def _arguments(batch: PromptBatch, completions: Completions) -> dict[str, list[Any]]:
     """Return what reward functions are called with: the completions, then the reference answers."""
-    owners = [
-        number // completions.group_size for number in range(len(completions.ids))
-    ] + list(range(len(batch)))
+    owners = [number // completions.group_size for number in range(len(completions.ids))] + list(
+        range(len(batch))
+    )
     columns = {name for row in batch.columns for name in row}
     return {
         **{name: [batch.columns[owner].get(name) for owner in owners] for name in sorted(columns)},

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 
 from grao_lightning.callbacks.scoring import GroupScoring
 from grao_lightning.metrics import Estimate
@@ -33,14 +33,14 @@ class RunSummary(Callback):
         self._phase_seconds: dict[str, list[float]] = {}
         self._validated_step: int | None = None
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         """Collect the wall time of each phase."""
         for name, value in pl_module.step_values.items():
             if name == "step_time" or (name.startswith("perf/") and name.endswith("_time")):
                 phase = name.removeprefix("perf/").removesuffix("_time")
                 self._phase_seconds.setdefault(phase, []).append(value)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Keep the newest figures; print them where validation is all there is."""
         if trainer.sanity_checking:
             return
@@ -49,7 +49,7 @@ class RunSummary(Callback):
         if trainer.state.fn == "validate":
             self._print(trainer, pl_module)
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Print the table if the last step was validated; the CLI validates it otherwise."""
         self._write(trainer, pl_module)
         if self.is_current(trainer):
@@ -59,12 +59,12 @@ class RunSummary(Callback):
         """Return whether the newest figures are those of the last step."""
         return self._validated_step == trainer.global_step
 
-    def _print(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _print(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero:
             print(summary_table(pl_module.estimates, pl_module.ties_as, pl_module.gain))
             print(f"written: {_folder(trainer)}", flush=True)
 
-    def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _write(self, trainer: Trainer, pl_module: Any) -> None:
         peak = _peak_memory()  # of this process; ranks differ little
         if not trainer.is_global_zero:
             return
@@ -119,7 +119,9 @@ def summary_table(estimates: dict[str, Estimate], ties_as: str, gain: str) -> st
         "wins": "share of wins over the untrained base",
         "net": "wins minus losses against the untrained base",
     }
-    lines += [f"RAS: wins over the reference answer, ties count as {ties_as}. NAG: {meaning[gain]}."]
+    lines += [
+        f"RAS: wins over the reference answer, ties count as {ties_as}. NAG: {meaning[gain]}."
+    ]
     return "\n".join([*lines, ""])
 
 

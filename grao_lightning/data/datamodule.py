@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from grao_lightning.batch import PromptBatch
 from grao_lightning.data.encoding import PromptEncoder, conversation_text
 from grao_lightning.data.formats import Example, parse_rows
 from grao_lightning.data.sampler import StepBatchSampler
 from grao_lightning.data.sources import is_local, load_rows
-from grao_lightning.faults import Faults
+from grao_lightning.faults import Faults, UserError
 from grao_lightning.models import eos_ids, load_tokenizer
 from grao_lightning.randomness import run_seed
 
@@ -69,7 +69,7 @@ class PromptDataModule(LightningDataModule):
         self.prompts_per_step = prompts_per_step
         self._sources = {"train": train, "validation": train if validation is None else validation}
         self._splits = {"train": train_split, "validation": validation_split}
-        self._limits = {"train": None, "validation": validation_prompts}
+        self.validation_prompts = validation_prompts
         self._tokenizer_source = tokenizer
         self._subset, self._data_dir = subset, data_dir
         self._rename = rename
@@ -85,8 +85,8 @@ class PromptDataModule(LightningDataModule):
         faults = Faults()
         faults.at_least("data.prompts_per_step", self.prompts_per_step, 1)
         faults.at_least("data.validation_batch_size", self._validation_batch_size, 1)
-        if self._limits["validation"] is not None:
-            faults.at_least("data.validation_prompts", self._limits["validation"], 1)
+        if self.validation_prompts is not None:
+            faults.at_least("data.validation_prompts", self.validation_prompts, 1)
         if self._max_prompt_tokens is not None:
             faults.at_least("data.max_prompt_tokens", self._max_prompt_tokens, 1)
         if self.prompts_per_step % world_size:
@@ -118,7 +118,7 @@ class PromptDataModule(LightningDataModule):
         """Return the examples of "train" or "validation", read on first use.
 
         Raises:
-            ValueError: The source cannot be read or holds no usable row.
+            UserError: The source cannot be read or holds no usable row.
         """
         if split not in self.examples:
             source = self._sources[split]
@@ -134,8 +134,8 @@ class PromptDataModule(LightningDataModule):
             examples, report = parse_rows(rows, self._rename)
             log.info("data.%s: %s", split, report)
             if not examples:
-                raise ValueError(f"data.{split}: no usable row in {source}: {report}")
-            self.examples[split] = examples[: self._limits[split]]
+                raise UserError(f"data.{split}: no usable row in {source}: {report}")
+            self.examples[split] = examples
         return self.examples[split]
 
     def preference_pairs(self, split: str) -> tuple[list[str], list[str], list[str]]:
@@ -166,7 +166,8 @@ class PromptDataModule(LightningDataModule):
         rank, world_size = (
             (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         )
-        rows = list(range(len(self.examples["validation"])))[rank::world_size]
+        rows = list(range(len(self.examples["validation"])))[: self.validation_prompts]
+        rows = rows[rank::world_size]
         return self._loader("validation", sampler=rows, batch_size=self._validation_batch_size)
 
     def _loader(self, split: str, **options: Any) -> DataLoader:
@@ -194,7 +195,7 @@ class PromptDataModule(LightningDataModule):
         )
 
 
-class _Numbered(Sequence[tuple[int, Example]]):
+class _Numbered(Dataset[tuple[int, Example]]):
     """Examples with their row numbers, for a DataLoader."""
 
     def __init__(self, examples: list[Example]) -> None:
@@ -203,7 +204,7 @@ class _Numbered(Sequence[tuple[int, Example]]):
     def __len__(self) -> int:
         return len(self._examples)
 
-    def __getitem__(self, index: Any) -> Any:
+    def __getitem__(self, index: int) -> tuple[int, Example]:
         return index, self._examples[index]
 
 
@@ -211,5 +212,5 @@ def _embedded_rows(source: str, split: str) -> list[dict[str, Any]]:
     from grao_lightning.embedded.keywords import keyword_rows
 
     if source != "embedded:keywords":
-        raise ValueError(f"data.{split}: no embedded data {source!r}; there is embedded:keywords")
+        raise UserError(f"data.{split}: no embedded data {source!r}; there is embedded:keywords")
     return keyword_rows(split)

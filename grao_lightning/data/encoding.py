@@ -83,9 +83,7 @@ class PromptEncoder:
                 "tokenizer.eos_token"
             )
         self.end_of_turn_id: int = known_eos[0]
-        # What stands between a conversation's prompt and the answer's first word, and the character
-        # before it, which decides how that word is tokenised.
-        self._answer_lead, self._last_character = " ", _HH_CUE[-1]
+        self._answer_lead = " "  # white space between a conversation's prompt and the answer
         if self._has_template:
             self._probe_template(known_eos)
 
@@ -130,21 +128,18 @@ class PromptEncoder:
         """
         if not text:
             return [self.end_of_turn_id]
-        lead, before = self._answer_lead, self._last_character
+        lead = self._answer_lead
         if isinstance(prompt, str):
-            lead, before = "", prompt[-1:]
-            if prompt.endswith("Assistant:") and not text[0].isspace():
-                lead = " "
-        # Tokenised after the prompt's last character: alone, many tokenizers would take the answer
-        # for the start of a text and put a space before it.
-        before_ids = self._plain_ids(before)
-        ids = self._plain_ids(before + lead + text)
-        swallowed = ids[: len(before_ids)] != before_ids  # by one token across the border
-        # An unknown word looks the same with and without the answer's first word attached.
-        if not swallowed and self._tokenizer.unk_token_id not in before_ids:
-            ids = ids[len(before_ids) :]
-        else:
+            lead = " " if prompt.endswith("Assistant:") and not text[0].isspace() else ""
+        # Tokenised after a line break, which is taken off again: alone, the answer would be the
+        # start of a text, and many tokenizers put a space before that.
+        before_ids, ids = self._plain_ids("\n"), self._plain_ids("\n" + lead + text)
+        one_token_spans_both = ids[: len(before_ids)] != before_ids
+        # An unknown line break may be fused with an unknown first word.
+        if one_token_spans_both or self._tokenizer.unk_token_id in before_ids:
             ids = self._plain_ids(lead + text)
+        else:
+            ids = ids[len(before_ids) :]
         return [*ids, self.end_of_turn_id]
 
     def _encode_string(self, text: str) -> EncodedPrompt:
@@ -232,9 +227,6 @@ class PromptEncoder:
         # Only white space: more (an empty thought, say) is for the policy to write or not.
         lead = before.removeprefix(prompt)
         self._answer_lead = lead if before.startswith(prompt) and lead.isspace() else ""
-        # After a special token a text goes on as after a line break: no space is put before it.
-        ends_special = self._ids(prompt)[-1:] != self._plain_ids(prompt)[-1:]
-        self._last_character = "\n" if ends_special else prompt[-1:]
 
     def _ids_before_text(self) -> list[int]:
         """Returns what the tokenizer puts before a text by itself: BOS, if anything."""

@@ -9,7 +9,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from glob import glob, has_magic
+from glob import escape, glob, has_magic
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -187,7 +187,7 @@ def _load_file(file: Path) -> datasets.Dataset:
     failure = None
     try:
         rows = datasets.load_dataset(
-            builder, data_files=str(file), split="train", **_BUILDER_OPTIONS[builder]
+            builder, data_files=escape(str(file)), split="train", **_BUILDER_OPTIONS[builder]
         )
         rows.data.validate(full=True)  # bytes that are no UTF-8 are read without a word
     except Exception as error:  # `datasets` lets pyarrow's, pandas' and its own errors through

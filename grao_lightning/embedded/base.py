@@ -18,6 +18,7 @@ from grao_lightning.embedded.keywords import (
     MAX_ANSWER_TOKENS,
     keyword_rows,
 )
+from grao_lightning.faults import UserError
 
 # Steps of supervised fine-tuning that a base has seen.
 BASES = {"keywords": 400, "keywords-weak": 60, "keywords-random": 0}
@@ -32,17 +33,17 @@ _CHAT_TEMPLATE = (
 def base_folder(name: str) -> Path:
     """Return the Hugging Face folder of an embedded base, made on first use.
 
-    The folder lies in ``$GRAO_CACHE``, by default ``~/.cache/grao_lightning``. Several processes may
-    make it at once: each writes its own and one of them is kept whole.
+    The folder lies in ``$GRAO_CACHE``, by default ``~/.cache/grao_lightning``. Several processes
+    may make it at once: each writes its own and one of them is kept whole.
 
     Args:
         name: One of ``BASES``.
 
     Raises:
-        ValueError: There is no such base.
+        UserError: There is no such base.
     """
     if name not in BASES:
-        raise ValueError(
+        raise UserError(
             f"model.policy: embedded models are {', '.join(f'embedded:{known}' for known in BASES)}"
             f"; got 'embedded:{name}'"
         )

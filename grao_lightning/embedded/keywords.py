@@ -7,11 +7,35 @@ exceed them: they drop a word, swap neighbours and add fillers.
 import random
 from typing import Any
 
-KEYWORDS = (
-    "apple bridge candle desert engine forest garden harbor island jacket kettle lantern "
-    "meadow needle orchard pepper quarry river saddle temple umbrella valley window yarn"
-).split()
-FILLERS = "well please kindly perhaps really indeed sure okay".split()
+from grao_lightning.faults import UserError
+
+KEYWORDS = [
+    "apple",
+    "bridge",
+    "candle",
+    "desert",
+    "engine",
+    "forest",
+    "garden",
+    "harbor",
+    "island",
+    "jacket",
+    "kettle",
+    "lantern",
+    "meadow",
+    "needle",
+    "orchard",
+    "pepper",
+    "quarry",
+    "river",
+    "saddle",
+    "temple",
+    "umbrella",
+    "valley",
+    "window",
+    "yarn",
+]
+FILLERS = ["well", "please", "kindly", "perhaps", "really", "indeed", "sure", "okay"]
 KEYWORDS_PER_PROMPT = 4
 MAX_ANSWER_TOKENS = 12  # the end-of-sequence token included
 
@@ -25,10 +49,10 @@ def keyword_rows(split: str) -> list[dict[str, Any]]:
         split: "train" (4096 rows) or "validation" (256 rows); a pure function of its name.
 
     Raises:
-        ValueError: There is no such split.
+        UserError: There is no such split.
     """
     if split not in _SPLITS:
-        raise ValueError(f"embedded:keywords has splits {', '.join(_SPLITS)}; got {split!r}")
+        raise UserError(f"embedded:keywords has splits {', '.join(_SPLITS)}; got {split!r}")
     num_rows, seed = _SPLITS[split]
     rng = random.Random(seed)
     rows = []

@@ -107,9 +107,7 @@ class AlignmentModule(LightningModule):
         faults.at_least("model.micro_batch_tokens", self.micro_batch_tokens, 1)
         faults.one_of("model.schedule", self.schedule, ("constant", "linear", "cosine"))
         if not self.logprob_temperature > 0:
-            faults.add(
-                f"model.logprob_temperature must be > 0; got {self.logprob_temperature}"
-            )
+            faults.add(f"model.logprob_temperature must be > 0; got {self.logprob_temperature}")
         return faults
 
     def setup(self, stage: str) -> None:
@@ -136,7 +134,7 @@ class AlignmentModule(LightningModule):
         if self.gradient_checkpointing:
             self.policy.gradient_checkpointing_enable({"use_reentrant": False})
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """Return AdamW and its schedule by step."""
         # A fused AdamW unscales by itself, so under a gradient scaler the norm would be clipped too
         # late; there the plain one is used.
@@ -145,7 +143,7 @@ class AlignmentModule(LightningModule):
             self.policy.parameters(),
             lr=self.learning_rate,
             weight_decay=self.weight_decay,
-            betas=tuple(self.betas),
+            betas=(self.betas[0], self.betas[1]),
             fused=fused,
         )
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._schedule_factor)
@@ -173,11 +171,11 @@ class AlignmentModule(LightningModule):
         ``outward_limits``, tokens that already left them are not pushed further.
 
         Args:
-            batch: Gets ``policy_logprobs``; with outward limits its ``reference_model_logprobs`` are
+            batch: Gets ``policy_logprobs``; with outward limits ``reference_model_logprobs`` is
                 read.
             rows: R prompts with their answers.
-            coefficients: [R] derivative of the objective by each row's mean log-probability, already
-                divided by counts over all devices.
+            coefficients: [R] derivative of the objective by each row's mean log-probability,
+                already divided by counts over all devices.
         """
         coefficients = coefficients.to(self.device)
         collected = RowLogprobs(len(rows))
@@ -210,7 +208,7 @@ class AlignmentModule(LightningModule):
     def _token_weights(
         self, batch: PromptBatch, computed: TokenLogprobs, numbers: list[int], coefficients: Tensor
     ) -> Tensor | None:
-        """Return 1 for tokens that count and 0 for those the outward mask drops, [K]; None = all."""
+        """Return 1 for tokens that count, 0 for those the outward mask drops, [K]; None = all."""
         limits, frozen = batch.outward_limits, batch.reference_model_logprobs
         if limits is None:
             return None
@@ -223,7 +221,7 @@ class AlignmentModule(LightningModule):
             high=limits.high,
         )
         batch.statistics.mean("clip_ratio/outward", (~counts).float())
-        return counts.float()
+        return counts.to(computed.flat.dtype)
 
     def finish_step(self, batch: PromptBatch) -> None:
         """Take the optimiser step and log what the batch's stages noted."""
@@ -232,7 +230,7 @@ class AlignmentModule(LightningModule):
         batch.statistics.mean("learning_rate", optimizer.param_groups[0]["lr"])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        scheduler.step()  # type: ignore[union-attr, call-arg]
+        scheduler.step()  # type: ignore[union-attr]
         self._log_step(batch)
 
     def global_sum(self, value: float) -> float:

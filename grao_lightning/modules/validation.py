@@ -1,7 +1,10 @@
 """What validation measures, for the policy and for the untrained base beside it."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 from grao_lightning.batch import Completions, PromptBatch
 from grao_lightning.metrics import (
@@ -25,7 +28,7 @@ class ValidationMetrics(nn.Module):
 
     def __init__(self, ties_as: TiesAs = "loss", gain: GainKind = "net") -> None:
         super().__init__()
-        self.metrics = nn.ModuleDict(
+        self._metrics = nn.ModuleDict(
             {
                 "ras": RelativeAdversarialScore(ties_as),
                 "nag": NormalizedAlignmentGain(gain),
@@ -59,19 +62,22 @@ class ValidationMetrics(nn.Module):
 
     def compute(self) -> dict[str, Estimate]:
         """Return every metric that saw a prompt."""
-        estimates = {name: metric.compute() for name, metric in self.metrics.items()}
+        estimates = {name: self._metric(name).compute() for name in self._metrics}
         return {name: value for name, value in estimates.items() if value.value == value.value}
 
     def reset(self) -> None:
         """Forget everything."""
-        for metric in self.metrics.values():
-            metric.reset()
+        for name in self._metrics:
+            self._metric(name).reset()
 
     def _add(self, name: str, values: Tensor | None) -> None:
         assert values is not None, f"GroupScoring has not filled what {name} needs"
-        metric = self.metrics[name]
+        metric = self._metric(name)
         metric.update(values.to(metric.device))
 
     def _add_sizes(self, prefix: str, completions: Completions) -> None:
         self._add(f"{prefix}length", completions.lengths)
         self._add(f"{prefix}clipped_ratio", completions.truncated_mask)
+
+    def _metric(self, name: str) -> Metric:
+        return cast(Metric, self._metrics[name])

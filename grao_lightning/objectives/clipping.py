@@ -33,9 +33,9 @@ def outward_mask(
 ) -> Tensor:
     """Return which tokens still count: not those pushed further out of the trusted ratio.
 
-    A token with net coefficient c is dropped when ``c < 0`` and its ratio pi / pi_reference_model is
-    already below ``low``, or ``c > 0`` and the ratio is above ``high``. A push back inside always
-    counts.
+    A token with net coefficient c is dropped when ``c < 0`` and its ratio pi / pi_reference_model
+    is already below ``low``, or ``c > 0`` and the ratio is above ``high``. A push back inside
+    always counts.
 
     Args:
         logprobs: [K] nats, under the policy.
@@ -61,5 +61,4 @@ def capped_norm(max_norm: float, drift: float, drift_target: float | None) -> fl
 
 
 def _log_ratio(above: Tensor, below: Tensor) -> Tensor:
-    difference = above.float() - below.float() if above.dtype != torch.double else above - below
-    return difference.clamp(-_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)
+    return (above - below).clamp(-_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)

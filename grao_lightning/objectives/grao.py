@@ -110,8 +110,8 @@ def grao_coefficients(advantages: Tensor, weights: GRAOWeights) -> Tensor:
     """Return dJ/dl for every member of every group: the objective is linear in l.
 
     With the reference answer inside the statistics, the group's advantages sum to zero, hence
-    ``dJ/dl(o_i) = (1 + lambda) A_oi / G`` and ``dJ/dl(y) = (beta + lambda / G) A_y`` (for weight 1 on
-    exploration). Known before any forward pass, they let rows be trained in any micro-batches.
+    ``dJ/dl(o_i) = (1 + lambda) A_oi / G`` and ``dJ/dl(y) = (beta + lambda / G) A_y`` (for weight 1
+    on exploration). Known before any forward pass, they let rows be trained in any micro-batches.
 
     Source: derivative of arXiv 2508.07750, equation 3, with the gate of `GRAOWeights`.
 

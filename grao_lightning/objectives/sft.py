@@ -10,8 +10,8 @@ Aggregation = Literal["tokens", "answers"]
 def sft_coefficients(num_tokens: Tensor, aggregation: Aggregation = "tokens") -> Tensor:
     """Return the weight of each answer's mean log-probability in the objective; not yet divided.
 
-    The objective is ``sum_r c_r l(y_r) / sum_r c_r``. With "tokens" every token counts the same (the
-    usual cross-entropy), with "answers" every answer does, as l(y) in GRAO.
+    The objective is ``sum_r c_r l(y_r) / sum_r c_r``. With "tokens" every token counts the same
+    (the usual cross-entropy), with "answers" every answer does, as l(y) in GRAO.
 
     Args:
         num_tokens: [B] tokens of each answer.

@@ -79,7 +79,7 @@ class NGramPreference:
         _check_lengths(prompts=prompts, chosen=chosen, rejected=rejected)
         if len(chosen) < 2:
             raise ValueError(f"fit needs >= 2 pairs to learn from; got {len(chosen)}")
-        self._vectorizer = TfidfVectorizer(
+        vectorizer = TfidfVectorizer(
             analyzer="char_wb",
             ngram_range=self.ngram_range,
             min_df=_MIN_ANSWERS_PER_NGRAM,
@@ -87,9 +87,8 @@ class NGramPreference:
         )
         answers = [*chosen, *rejected]
         try:
-            self._vectorizer.fit(answers)
+            vectorizer.fit(answers)
         except ValueError as error:
-            self._vectorizer = None
             raise ValueError(
                 f"no n-gram of {self.ngram_range} characters occurs in "
                 f"{_MIN_ANSWERS_PER_NGRAM} answers of {len(chosen)} pairs: give more pairs or "
@@ -99,12 +98,12 @@ class NGramPreference:
         # an intercept the loss is the same.
         pairs = enumerate(zip(chosen, rejected, strict=True))
         sides = [(c, r) if i % 2 else (r, c) for i, (c, r) in pairs]
-        left, right = (self._vectorizer.transform(texts) for texts in zip(*sides, strict=True))
+        left, right = (vectorizer.transform(texts) for texts in zip(*sides, strict=True))
         model = LogisticRegression(
             C=self.inverse_regularization, fit_intercept=False, max_iter=1000
         ).fit(left - right, [i % 2 for i in range(len(sides))])
-        self._weights = model.coef_[0]
-        self._lowest = float((self._vectorizer.transform(answers) @ self._weights).min())
+        self._vectorizer, self._weights = vectorizer, model.coef_[0]
+        self._lowest = float((vectorizer.transform(answers) @ self._weights).min())
 
     def accuracy(
         self, prompts: Sequence[str], chosen: Sequence[str], rejected: Sequence[str]

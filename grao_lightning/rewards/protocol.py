@@ -1,13 +1,14 @@
 """How rewards are named, checked and called.
 
-A reward function is any callable, sync or async, that takes keyword arguments
+A reward function is any callable, sync or async, that takes by keyword those it names of
 
-    prompts: list[str], completions: list[str], reference_answers: list[str], truncated: list[bool]
+    prompts: list[str], completions: list[str], reference_answers: list[str],
+    truncated: list[bool]   (the length limit ended the completion)
 
-(``truncated``: the length limit ended the completion), those of them that it names, and, by name, every other column of the dataset it asks for (each a list as long as the others). It
-returns one number a completion in its own unit, higher = better, with None or NaN for "missing".
-It is called with the completions of a whole batch at once, the reference answers among them: a
-reference answer is scored like any completion.
+and of the dataset's other columns, each a list as long as the others. It returns one number a
+completion in its own unit, higher = better, with None or NaN for "missing". It is called with the
+completions of a whole batch at once, the reference answers among them: a reference answer is scored
+like any completion.
 
 A class is constructed with ``arguments`` and its instances are called. If they have a method
 ``fit(prompts, chosen, rejected)``, it is called once, on the train split's preference pairs.
@@ -24,6 +25,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from grao_lightning.faults import UserError
 
 RewardFunction = Callable[..., Any]
 _BUILT_IN = ("prompts", "completions", "reference_answers", "truncated")
@@ -54,13 +57,13 @@ class RewardSpec:
         """Return the function, or an instance of the class.
 
         Raises:
-            ValueError: The path cannot be imported or its arguments do not fit.
+            UserError: The path cannot be imported or its arguments do not fit.
         """
         module_name, _, attribute = self.function.replace(":", ".").rpartition(".")
         try:
-            function = getattr(importlib.import_module(module_name), attribute)
+            function: Any = getattr(importlib.import_module(module_name), attribute)
         except (ImportError, AttributeError, ValueError) as error:
-            raise ValueError(
+            raise UserError(
                 f"scoring.rewards: cannot import {self.function!r} ({error}); give the path of a "
                 "function or class as package.module.name, importable from the working directory"
             ) from None
@@ -68,12 +71,12 @@ class RewardSpec:
             return function
         try:
             return function(**self.arguments)
-        except TypeError as error:
-            raise ValueError(f"scoring.rewards: arguments of {self.function}: {error}") from None
+        except (TypeError, ValueError, ImportError) as error:
+            raise UserError(f"scoring.rewards: arguments of {self.function}: {error}") from None
 
 
 def columns_asked_for(function: RewardFunction) -> tuple[set[str], bool]:
-    """Return the dataset columns a reward function requires, and whether it takes any (**kwargs)."""
+    """Return the dataset columns a reward function requires, and whether it takes any."""
     parameters = inspect.signature(function).parameters.values()
     required = {
         parameter.name
@@ -99,7 +102,7 @@ def call_rewards(
         One list of n floats a function.
 
     Raises:
-        ValueError: A function asks for a column that is not there, or returns another number of
+        UserError: A function asks for a column that is not there, or returns another number of
             scores than it got completions.
     """
 
@@ -109,7 +112,7 @@ def call_rewards(
             result = await result
         scores = [math.nan if score is None else float(score) for score in result]
         if len(scores) != len(arguments["completions"]):
-            raise ValueError(
+            raise UserError(
                 f"reward function {function!r} must return one score a completion: got "
                 f"{len(scores)} for {len(arguments['completions'])} completions"
             )
@@ -147,7 +150,7 @@ def _wanted(function: RewardFunction, arguments: dict[str, list[Any]]) -> dict[s
     required, takes_any = columns_asked_for(function)
     missing = required - arguments.keys()
     if missing:
-        raise ValueError(
+        raise UserError(
             f"reward function {function!r} asks for column {', '.join(sorted(missing))}; the "
             f"dataset has {', '.join(sorted(arguments.keys() - set(_BUILT_IN))) or 'none'} besides "
             "prompts, completions and reference_answers: rename one with data.rename or drop the "
@@ -155,5 +158,8 @@ def _wanted(function: RewardFunction, arguments: dict[str, list[Any]]) -> dict[s
         )
     if takes_any:
         return arguments
-    return {name: arguments[name] for name in inspect.signature(function).parameters
-            if name in arguments}
+    return {
+        name: arguments[name]
+        for name in inspect.signature(function).parameters
+        if name in arguments
+    }

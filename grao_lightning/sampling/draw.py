@@ -80,7 +80,7 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, settings: SamplingSettings) ->
 
 
 def _truncated(probabilities: Tensor, settings: SamplingSettings) -> Tensor:
-    """Return probabilities with the tokens outside top-k, min-p and top-p set to 0, in that order."""
+    """Return probabilities with tokens outside top-k, then min-p, then top-p set to 0."""
     if 0 < settings.top_k < probabilities.shape[-1]:
         smallest_kept = probabilities.topk(settings.top_k, dim=-1).values[:, -1:]
         probabilities = probabilities.where(probabilities >= smallest_kept, 0.0)

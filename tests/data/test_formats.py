@@ -94,8 +94,9 @@ def test_every_demonstration_form_gives_the_same_conversation(row):
 
 @pytest.mark.parametrize("prompt", [HI, hh("Hi"), hh("Hi") + "\n\nAssistant:", "Human: Hi"])
 def test_prompt_only_conversations_have_no_answers(prompt):
-    example, _ = one({"prompt": prompt})
+    example, odd = one({"prompt": prompt})
     assert (example.prompt, example.reference_answer, example.rejected_answer) == (HI, None, None)
+    assert odd == {}
 
 
 def test_standard_strings_are_kept_to_the_letter():
@@ -109,16 +110,12 @@ def test_standard_strings_are_kept_to_the_letter():
     ("chosen", "rejected", "prompt", "answer"),
     [
         ("The sky is blue.", "The sky is black.", "The sky is", " blue."),
-        ("The sky is", "The sky is\nno", "The", " sky is"),
+        ("The sky is so", "The sky is\nno", "The sky is", " so"),
         ("Q: a\nA: yes", "Q: a\nA: no", "Q: a\nA:", " yes"),
         ("Q: a b", "Q: a\tc", "Q: a", " b"),
     ],
 )
 def test_implicit_prompt_of_texts_is_their_shared_whole_words(chosen, rejected, prompt, answer):
-    if chosen == "The sky is":  # the rest must not be an empty reference answer
-        chosen += " so"
-        answer = " so"
-        prompt = "The sky is"
     example, _ = one({"chosen": chosen, "rejected": rejected})
     assert (example.prompt, example.reference_answer) == (prompt, answer)
     assert example.prompt + example.rejected_answer == rejected

@@ -139,7 +139,7 @@ def test_shares_tend_to_625_0_375_when_the_reference_answer_has_no_advantage():
 
 def test_order_inside_a_group_and_order_of_prompts_leave_the_objective_unchanged():
     mean_logprobs, advantages = groups()
-    order = torch.randperm(G, generator=torch.Generator().manual_seed(1)).tolist() + [G]
+    order = [*torch.randperm(G, generator=torch.Generator().manual_seed(1)).tolist(), G]
     prompts = torch.randperm(B, generator=torch.Generator().manual_seed(2))
     total = grao_objective(mean_logprobs, advantages, GATED).total
     shuffled = grao_objective(

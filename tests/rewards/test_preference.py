@@ -86,7 +86,7 @@ def test_swapping_chosen_and_rejected_in_training_negates_the_scores():
 
 def test_a_score_does_not_depend_on_the_other_completions_or_their_order():
     preference = fitted()
-    prompts, chosen, rejected = synthetic_pairs(20, seed=2)
+    _, chosen, rejected = synthetic_pairs(20, seed=2)
     completions = [*chosen, *rejected, ""]
     together = score(preference, *completions)
     assert together == [score(preference, completion)[0] for completion in completions]
@@ -176,7 +176,7 @@ def test_a_missing_scikit_learn_names_the_extra(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("ngram_range", [(0, 2), (3, 2), (2,), (1, 2, 3)])
 def test_an_impossible_ngram_range_is_refused(ngram_range):
-    with pytest.raises(ValueError, match="ngram_range must be .* got"):
+    with pytest.raises(ValueError, match=r"ngram_range must be .* got"):
         NGramPreference(ngram_range=ngram_range)
 
 
@@ -196,13 +196,13 @@ def test_columns_of_different_lengths_are_refused():
 
 
 def test_fewer_than_two_pairs_are_refused():
-    with pytest.raises(ValueError, match=">= 2 pairs.*got 1"):
+    with pytest.raises(ValueError, match=r">= 2 pairs.*got 1"):
         NGramPreference().fit([""], ["a"], ["b"])
 
 
 def test_pairs_that_share_no_ngram_are_refused_and_leave_nothing_half_fitted():
     preference = NGramPreference(ngram_range=(2, 2))
-    with pytest.raises(ValueError, match="no n-gram of .* occurs in 2 answers of 2 pairs"):
+    with pytest.raises(ValueError, match=r"no n-gram of .* occurs in 2 answers of 2 pairs"):
         preference.fit(["", ""], ["a", "b"], ["c", "d"])
     with pytest.raises(RuntimeError, match="call fit"):
         score(preference, "a")

@@ -1,0 +1,37 @@
+"""Three steps of the embedded task on two CPU processes; started by test_training."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback
+
+from tests.runs import fit, stages, weights
+
+
+class Record(Callback):
+    """Keeps the gradient norms, and the longest completion of each rank in the first step."""
+
+    def __init__(self) -> None:
+        self.norms: list[float] = []
+        self.longest: list[float] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.norms.append(pl_module.step_values["grad_norm"])
+        total = sum(len(ids) for ids in batch.completions.ids)
+        self.longest += pl_module.all_gather(torch.tensor(float(total))).tolist()
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    record = Record()
+    module = fit(folder, callbacks=[*stages(), record], devices=2, strategy="ddp", precision="64-true")
+    if module.global_rank == 0:
+        torch.save(weights(module), folder / "weights.pt")
+        found = {"norms": record.norms, "longest_of_ranks": record.longest[:2]}
+        (folder / "norms.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,108 @@
+"""Completions through generate: independent of their batch, ended by every rule."""
+
+import pytest
+import torch
+
+from grao_lightning.embedded.base import keyword_tokenizer
+from grao_lightning.sampling.draw import SamplingSettings, row_uniforms
+from grao_lightning.sampling.generate import generation_mode, sample_completions
+from tests.conftest import tiny_model
+
+G, T = 3, 10
+PROMPTS = [[1, 5, 6, 7, 8, 2], [1, 9, 2], [1, 10, 11, 12, 2]]
+END = 3
+
+
+def completions(model, prompts=PROMPTS, rows_at_once=100, first_index=0, **options):
+    settings = SamplingSettings(**{"max_new_tokens": T, "eos_ids": (END,), **options})
+    uniforms = [
+        row_uniforms(0, "train", 0, first_index + number, G, T) for number in range(len(prompts))
+    ]
+    return sample_completions(
+        model, keyword_tokenizer(), prompts, uniforms, settings, rows_at_once=rows_at_once
+    )
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("Llama", vocab_size=36)
+
+
+def test_greedy_completions_equal_those_of_generate_by_itself(model):
+    sampled = completions(model, temperature=0.0, eos_ids=())
+    for number, prompt in enumerate(PROMPTS):
+        expected = model.generate(
+            torch.tensor([prompt]), max_new_tokens=T, do_sample=False, eos_token_id=-1
+        )
+        assert sampled.ids[number * G] == expected[0, len(prompt) :].tolist()
+
+
+def test_completions_do_not_depend_on_the_batch_they_are_sampled_in(model):
+    together = completions(model)
+    in_parts = completions(model, rows_at_once=2)
+    alone = [completions(model, [prompt], first_index=n) for n, prompt in enumerate(PROMPTS)]
+    assert together.ids == in_parts.ids
+    assert together.ids == [ids for part in alone for ids in part.ids]
+
+
+def test_members_of_a_group_differ(model):
+    first_group = completions(model).ids[:G]
+    assert len({tuple(ids) for ids in first_group}) > 1
+
+
+def test_every_end_of_sequence_id_ends_a_completion_and_is_its_last_token(model):
+    without = completions(model, eos_ids=())
+    assert all(len(ids) == T for ids in without.ids) and all(without.truncated)
+    ends = (4, 5, 6, 7, 8, 9)
+    for full, ids, truncated in zip(
+        without.ids,
+        *(getattr(completions(model, eos_ids=ends), name) for name in ("ids", "truncated")),
+        strict=True,
+    ):
+        length = next((at + 1 for at, token in enumerate(full) if token in ends), T)
+        assert ids == full[:length]
+        assert truncated == (full[length - 1] not in ends)
+
+
+def test_an_end_of_sequence_at_the_length_limit_is_no_truncation(model):
+    full = completions(model, eos_ids=()).ids[0]
+    ended = completions(model, eos_ids=(full[-1],))
+    assert ended.ids[0][-1] == full[-1] and not ended.truncated[0]
+
+
+def test_a_stop_string_ends_a_completion_and_is_left_out_of_its_text(model):
+    words = completions(model, eos_ids=()).texts[0].split()
+    stop = f"{words[2]} {words[3]}"
+    stopped = completions(model, eos_ids=(), stop_strings=(stop,))
+    assert stopped.texts[0].strip() == " ".join(words[:2])
+    assert not stopped.truncated[0]
+    assert len(stopped.ids[0]) < T
+
+
+def test_the_models_own_generation_defaults_do_not_change_the_distribution(model):
+    expected = completions(model).ids
+    model.generation_config.repetition_penalty = 5.0
+    model.generation_config.top_k = 1
+    model.generation_config.eos_token_id = 7
+    try:
+        assert completions(model).ids == expected
+    finally:
+        model.generation_config.repetition_penalty = 1.0
+        model.generation_config.top_k = 50
+        model.generation_config.eos_token_id = None
+
+
+def test_generation_leaves_mode_and_settings_as_they_were(model):
+    own_config = model.generation_config
+    model.train()
+    with generation_mode(model):
+        assert not model.training
+    assert model.training and model.generation_config is own_config
+    model.eval()
+
+
+def test_gradient_checkpointing_does_not_change_completions(model):
+    expected = completions(model).ids
+    checkpointed = tiny_model("Llama", vocab_size=36).train()
+    checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
+    assert completions(checkpointed).ids == expected
