@@ -1,13 +1,10 @@
 """``grao fit`` and ``grao validate``: LightningCLI with the three stages in their order."""
 
 import logging
-import os
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
-import transformers
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -30,6 +27,8 @@ _QUIET = (
     ".*does not have many workers.*",
     ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
     ".*exists and is not empty.*",
+    ".*The dirpath has changed.*",
+    ".*no pre-optimization state was saved.*",
     # The reference model is frozen and evaluates: that is what it is for.
     ".*module\\(s\\) in eval mode at the start of training.*",
 )
@@ -67,22 +66,34 @@ class GRAOCommandLine(LightningCLI):
         everything = LightningCLI.subcommands()
         return {name: everything[name] for name in ("fit", "validate")}
 
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "validate":
+            parser.set_defaults({"verbose": False})  # RunSummary prints a better table
+        return parser
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the three stages, in their order, and the checkpoints."""
         parser.add_lightning_class_args(GroupSampling, "sampling")
         parser.add_lightning_class_args(GroupScoring, "scoring")
         parser.add_lightning_class_args(ReferenceAwareClipping, "clipping")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(ModelCheckpoint, "best_checkpoint")
+        parser.add_lightning_class_args(ModelCheckpoint, "last_checkpoint")
         parser.set_defaults(
             {
                 "model": {"class_path": "grao_lightning.GRAOModule"},
-                "checkpoint.monitor": "val/ras",
-                "checkpoint.mode": "max",
-                "checkpoint.filename": "best",
-                "checkpoint.save_last": True,
-                "checkpoint.save_on_exception": True,
-                "checkpoint.auto_insert_metric_name": False,
-                "checkpoint.enable_version_counter": False,
+                # Held out, never the training reward, which a policy learns to please.
+                "best_checkpoint.monitor": "val/ras",
+                "best_checkpoint.mode": "max",
+                "best_checkpoint.filename": "best",
+                "best_checkpoint.enable_version_counter": False,
+                # Written as the run goes, when it is interrupted, and by `after_fit`.
+                "last_checkpoint.every_n_train_steps": 50,
+                "last_checkpoint.filename": "last",
+                "last_checkpoint.save_on_exception": True,
+                "last_checkpoint.enable_version_counter": False,
             }
         )
         parser.link_arguments("model.init_args.policy", "data.tokenizer")
@@ -108,9 +119,12 @@ class GRAOCommandLine(LightningCLI):
             raise UserError(f"ckpt_path: no such file: {checkpoint}")
 
     def after_fit(self) -> None:
-        """Validate the last step where ``val_check_interval`` did not, and keep its weights."""
+        """Keep the last step's weights, and validate it where ``val_check_interval`` did not."""
+        last = self.trainer.checkpoint_callbacks[-1]
+        assert isinstance(last, ModelCheckpoint) and last.dirpath is not None
+        self.trainer.save_checkpoint(Path(last.dirpath) / "last.ckpt")
         if not self._summary.is_current(self.trainer):
-            self.trainer.validate(self.model, datamodule=self.datamodule)
+            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 
 
 def run(arguments: Any = None) -> GRAOCommandLine:
@@ -119,9 +133,6 @@ def run(arguments: Any = None) -> GRAOCommandLine:
     Raises:
         UserError: A setting, a file or the combination of parts is wrong.
     """
-    if not sys.stderr.isatty():  # bars are for eyes; in a log they are noise
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        transformers.utils.logging.disable_progress_bar()
     for message in _QUIET:
         warnings.filterwarnings("ignore", message=message)
     logging.basicConfig(level=logging.INFO, format="%(message)s")

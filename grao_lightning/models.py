@@ -1,5 +1,6 @@
 """Where policies and tokenizers come from: a hub name, a folder, a GGUF file, or embedded."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +92,13 @@ def eos_ids(source: str, tokenizer: Any) -> tuple[int, ...]:
 
 
 def _load(setting: str, source: str, auto_class: Any, **options: Any) -> Any:
+    import transformers
+
     fault = source_fault(setting, source)
     if fault:
         raise UserError(fault)
+    if not sys.stderr.isatty():  # in a log file a bar is noise
+        transformers.utils.logging.disable_progress_bar()
     location = str(Path(source).expanduser()) if source.startswith("~") else source
     if source.startswith(_EMBEDDED):
         from grao_lightning.embedded.base import base_folder

@@ -5,7 +5,6 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 # column: name of the step's value, its format
 _COLUMNS = {
@@ -31,17 +30,10 @@ class StepProgressBar(TQDMProgressBar):
         super().__init__()
         self.every_n_steps = every_n_steps
 
-    def init_train_tqdm(self) -> Tqdm:
-        """Return the bar of the training steps."""
-        bar = super().init_train_tqdm()
-        bar.disable = bar.disable or not sys.stderr.isatty()
-        return bar
-
-    def init_validation_tqdm(self) -> Tqdm:
-        """Return the bar of the validation batches."""
-        bar = super().init_validation_tqdm()
-        bar.disable = bar.disable or not sys.stderr.isatty()
-        return bar
+    @property
+    def is_disabled(self) -> bool:
+        """Return whether no bar is drawn: in a log file it would be noise."""
+        return super().is_disabled or not sys.stderr.isatty()
 
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
         """Count steps: there are no epochs, the prompts are endless."""
@@ -57,17 +49,12 @@ class StepProgressBar(TQDMProgressBar):
         if self.every_n_steps and step % self.every_n_steps == 0 and trainer.is_global_zero:
             self.print(step_line(step, trainer.max_steps, pl_module.step_values))
 
-    def on_validation_batch_end(self, *arguments: Any, **named: Any) -> None:
-        """Advance the bar where there is one."""
-        if not self.val_progress_bar.disable:
-            super().on_validation_batch_end(*arguments, **named)
-
     def print(self, *lines: Any, sep: str = " ", **_: Any) -> None:
         """Print above the bar, or plainly where no bar is drawn."""
-        if self._train_progress_bar is not None and not self._train_progress_bar.disable:
-            self._train_progress_bar.write(sep.join(map(str, lines)))
-        else:
+        if self.is_disabled:
             print(*lines, sep=sep, flush=True)
+        else:
+            self.train_progress_bar.write(sep.join(map(str, lines)))
 
 
 def step_line(step: int, max_steps: int, values: dict[str, float]) -> str:

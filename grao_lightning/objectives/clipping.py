@@ -1,6 +1,5 @@
 """Clipping by the reference model: drift and the outward mask. Pure: torch only."""
 
-import torch
 from torch import Tensor
 
 # Beyond e^20 a ratio says no more, and its exponential overflows in low precision.

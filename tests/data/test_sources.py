@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -280,3 +281,13 @@ def test_progress_bars_stay_as_they_were_and_none_is_drawn(tmp_path, capfd, bars
     finally:
         (datasets.disable_progress_bars if was_disabled else datasets.enable_progress_bars)()
     assert capfd.readouterr() == ("", "")
+
+
+def test_datasets_logs_nothing_about_a_fault_that_we_tell(tmp_path, caplog):
+    logger = logging.getLogger("datasets")  # does not propagate to the root logger
+    logger.addHandler(caplog.handler)
+    try:
+        failure(ValueError, write(tmp_path / "r.jsonl", b'{"a": "x"}\n{"a": "cut'))
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert caplog.records == []

@@ -101,9 +101,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
 
 def test_a_checkpoint_holds_the_policy_and_not_the_reference_model(tmp_path):
     saver = ModelCheckpoint(tmp_path, every_n_train_steps=3, filename="three")
-    module = fit(
-        tmp_path, module=grao(), callbacks=[*stages(), saver], enable_checkpointing=True
-    )
+    module = fit(tmp_path, module=grao(), callbacks=[*stages(), saver], enable_checkpointing=True)
     checkpoint = torch.load(tmp_path / "three.ckpt", weights_only=True)
     assert {name.split(".")[0] for name in checkpoint["state_dict"]} == {"policy"}
     assert checkpoint["num_sampled_tokens"] == module.num_sampled_tokens > 0

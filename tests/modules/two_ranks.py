@@ -26,7 +26,9 @@ class Record(Callback):
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     record = Record()
-    module = fit(folder, callbacks=[*stages(), record], devices=2, strategy="ddp", precision="64-true")
+    module = fit(
+        folder, callbacks=[*stages(), record], devices=2, strategy="ddp", precision="64-true"
+    )
     if module.global_rank == 0:
         torch.save(weights(module), folder / "weights.pt")
         found = {"norms": record.norms, "longest_of_ranks": record.longest[:2]}

@@ -1,0 +1,113 @@
+"""Groups scored against their reference answers."""
+
+import math
+
+import pytest
+import torch
+
+from grao_lightning.advantages import group_advantages
+from grao_lightning.batch import Completions, PromptBatch
+from grao_lightning.callbacks.scoring import GroupScoring
+from grao_lightning.rewards.protocol import RewardSpec
+
+HERE = "tests.callbacks.test_scoring"
+
+
+def word_count(completions):
+    return [float(len(text.split())) for text in completions]
+
+
+def missing_where_empty(completions):
+    return [float(len(text.split())) if text else None for text in completions]
+
+
+def bonus(completions, extra):
+    return [float(value) for value in extra]
+
+
+def scored(texts, answers, *, extra=(), **options) -> PromptBatch:
+    """Score the groups ``texts`` against ``answers`` and return their batch."""
+    group_size = len(texts[0])
+    flat = [text for group in texts for text in group]
+    batch = PromptBatch(
+        indices=list(range(len(texts))),
+        prompt_ids=[[1]] * len(texts),
+        prompts=["q"] * len(texts),
+        reference_answer_ids=[[2]] * len(texts),
+        reference_answers=answers,
+        columns=[{"extra": value} for value in extra] or [{}] * len(texts),
+        completions=Completions([[2]] * len(flat), flat, [False] * len(flat), group_size),
+    )
+    scoring = GroupScoring(
+        **{"rewards": [RewardSpec(f"{HERE}.word_count")], "comparison": "raw", **options}
+    )
+    scoring._score(batch, batch.completions)
+    batch.advantages = scoring._advantages(batch)
+    scoring._note(batch, 0)
+    return batch
+
+
+TEXTS = [["a", "a b", "a b c"], ["a b", "a b", "a b"]]
+ANSWERS = ["a b", "a b"]
+
+
+def test_rewards_are_those_of_completions_and_then_of_the_reference_answer():
+    batch = scored(TEXTS, ANSWERS)
+    assert batch.rewards.tolist() == [[1, 2, 3, 2], [2, 2, 2, 2]]
+    assert batch.outcomes.tolist() == [[-1, 0, 1], [0, 0, 0]]
+
+
+def test_raw_advantages_come_from_rewards_and_pairwise_ones_from_outcomes():
+    texts = [["a", "a b c d e f", "a b c"]]
+    raw = scored(texts, ["a b"])
+    pairwise = scored(texts, ["a b"], comparison="pairwise")
+    expected_raw = group_advantages(torch.tensor([[1.0, 6.0, 3.0, 2.0]]))
+    expected_pairwise = group_advantages(torch.tensor([[-1.0, 1.0, 1.0, 0.0]]))
+    torch.testing.assert_close(raw.advantages, expected_raw)
+    torch.testing.assert_close(pairwise.advantages, expected_pairwise)
+
+
+def test_differences_within_the_tolerance_are_ties():
+    assert scored(TEXTS, ANSWERS, tie_tolerance=1.0).outcomes.tolist() == [[0, 0, 0], [0, 0, 0]]
+
+
+def test_weights_multiply_and_each_function_is_kept_by_its_name():
+    rewards = [
+        RewardSpec(f"{HERE}.word_count", weight=2.0),
+        RewardSpec(f"{HERE}.bonus", weight=-1.0, name="extra_bonus"),
+    ]
+    batch = scored(TEXTS, ANSWERS, extra=[10, 20], rewards=rewards)
+    # 2 * words - extra, the column of the group's own prompt
+    assert batch.rewards.tolist() == [[-8, -6, -4, -6], [-16, -16, -16, -16]]
+    assert batch.rewards_by_name["extra_bonus"].tolist() == [[10] * 4, [20] * 4]
+
+
+def test_a_missing_score_is_left_out_and_never_counts_as_zero():
+    rewards = [RewardSpec(f"{HERE}.missing_where_empty")]
+    batch = scored([["a b c", "", "a"]], ["a b"], rewards=rewards)
+    assert batch.rewards[0].isnan().tolist() == [False, True, False, False]
+    assert math.isnan(batch.outcomes[0, 1])
+    expected = group_advantages(torch.tensor([[3.0, 1.0, 2.0]]))[0]
+    kept = batch.advantages[0, [0, 2, 3]]
+    torch.testing.assert_close(kept, expected)
+    assert batch.advantages[0, 1] == 0
+    statistics = batch.statistics.reduced(lambda values, _: values)
+    assert statistics["reward"] == 2.0, "mean of 3 and 1"
+    assert statistics["ras"] == 0.5, "one of two compared completions wins"
+    assert statistics["missing_rewards"] == 0.25
+
+
+def test_statistics_tell_dead_groups_and_the_spread():
+    statistics = scored(TEXTS, ANSWERS).statistics.reduced(lambda values, _: values)
+    assert statistics["frac_reward_zero_std"] == 0.5
+    # groups {1, 2, 3} and {2, 2, 2}: population std sqrt(2/3) and 0
+    assert statistics["reward_std"] == pytest.approx(math.sqrt(2 / 3) / 2)
+    assert statistics["reference_answer/reward"] == 2.0
+
+
+def test_the_order_of_prompts_and_of_completions_moves_rewards_along():
+    texts, answers = [["a", "a b", "a b c"], ["x y", "x", "x"]], ["a b", "x"]
+    batch, swapped = scored(texts, answers), scored(texts[::-1], answers[::-1])
+    assert torch.equal(batch.advantages, swapped.advantages.flip(0))
+    turned = scored([group[::-1] for group in texts], answers)
+    assert torch.equal(batch.advantages[:, :-1], turned.advantages[:, :-1].flip(1))

@@ -1,0 +1,163 @@
+"""What validation samples, compares and reports."""
+
+import json
+
+import pytest
+
+from grao_lightning import GRAOModule
+from grao_lightning.callbacks.panels import TensorBoardPanels
+from grao_lightning.callbacks.sampling import GroupSampling
+from grao_lightning.callbacks.summary import RunSummary, summary_table
+from grao_lightning.metrics import Estimate
+from tests.runs import fit, stages
+
+VALIDATED = {"limit_val_batches": 1.0, "val_check_interval": 2, "max_steps": 4}
+DATA = {"validation_prompts": 40, "validation_batch_size": 16}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run with two validations, its folder, and how often each model sampled."""
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    folder = tmp_path_factory.mktemp("run")
+    sampled: list[str] = []
+
+    class Counted(GroupSampling):
+        def _sample(self, pl_module, model, batch, uniforms):
+            who = "base" if model is pl_module.reference_model else "policy"
+            sampled.append(f"{who} {len(uniforms[0])}")
+            return super()._sample(pl_module, model, batch, uniforms)
+
+    _, *others = stages()
+    module = fit(
+        folder,
+        callbacks=[
+            Counted(group_size=4, max_new_tokens=12),
+            *others,
+            TensorBoardPanels(every_n_steps=2),
+            RunSummary(),
+        ],
+        data=DATA,
+        logger=TensorBoardLogger(folder, name=None),
+        log_every_n_steps=1,
+        **VALIDATED,
+    )
+    return module, folder / "version_0", sampled
+
+
+def test_the_base_answers_each_validation_batch_once_and_the_policy_at_every_validation(finished):
+    _, _, sampled = finished
+    batches = 3  # 40 prompts in batches of 16
+    assert sampled.count("base 1") == batches
+    assert sampled.count("policy 1") == 2 * batches
+    assert sampled.count("policy 4") == 4, "one group sampling a training step"
+
+
+def test_an_untrained_policy_ties_with_its_base_on_every_prompt(tmp_path):
+    """Same weights, same prompts, same random numbers: the same completions."""
+    module = GRAOModule(policy="embedded:keywords", learning_rate=0.0, weight_decay=0.0)
+    fit(tmp_path, module=module, data=DATA, **VALIDATED)
+    assert module.estimates["nag"].value == 0.0
+    assert module.estimates["ras"] == module.estimates["base_ras"]
+    assert module.estimates["length"] == module.estimates["base_length"]
+
+
+def test_without_a_reference_model_there_is_no_gain_and_no_base(tmp_path):
+    module = GRAOModule(policy="embedded:keywords", reference_model=None)
+    fit(tmp_path, module=module, data=DATA, **VALIDATED)
+    assert "ras" in module.estimates
+    assert not {"nag", "base_ras"} & module.estimates.keys()
+
+
+def test_the_summary_holds_what_validation_found_and_what_the_run_cost(finished):
+    module, folder, _ = finished
+    summary = json.loads((folder / "summary.json").read_text())
+    for name in ("ras", "nag", "reward", "length", "clipped_ratio"):
+        assert summary[name] == module.estimates[name]._asdict()
+        assert summary[name]["low"] <= summary[name]["value"] <= summary[name]["high"]
+    assert summary["steps"] == summary["validated_step"] == 4
+    assert summary["sampled_tokens"] == module.num_sampled_tokens > 4 * 8 * 4
+    assert set(summary["seconds_per_step"]) == {
+        "sample",
+        "score",
+        "reference_model",
+        "update",
+        "step",
+    }
+    parts = [value for name, value in summary["seconds_per_step"].items() if name != "step"]
+    assert summary["seconds_per_step"]["step"] == pytest.approx(sum(parts))
+    assert summary["peak_memory_bytes"] > 100e6
+
+
+def test_tensorboard_gets_the_known_names_the_layout_and_texts(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished[1])).Reload()
+    tags = events.Tags()
+    expected = [
+        "reward",
+        "reward_std",
+        "frac_reward_zero_std",
+        "rewards/keyword_score/mean",
+        "kl",
+        "entropy",
+        "grad_norm",
+        "completions/mean_length",
+        "completions/min_length",
+        "completions/max_length",
+        "completions/clipped_ratio",
+        "learning_rate",
+        "num_tokens",
+        "step_time",
+        "objective/exploration",
+        "objective/imitation",
+        "objective/regularizer",
+        "objective/exploration_share",
+        "objective/imitation_share",
+        "objective/regularizer_share",
+        "reference_answer/advantage",
+        "reference_answer/grad_share",
+        "perf/tokens_per_second",
+        "perf/sample_time",
+        "perf/score_time",
+        "perf/update_time",
+    ]
+    missing = {f"train/{name}" for name in expected} - set(tags["scalars"])
+    assert not missing
+    for name in ("ras", "nag", "reward", "length"):
+        assert {f"val/{name}", f"val/{name}_low", f"val/{name}_high"} <= set(tags["scalars"])
+    assert len(events.Scalars("train/reward")) == 4
+    assert "custom_scalars__config__" in tags["tensors"]
+    text = events.Tensors("train/completions/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "reference answer" in text and "completion 4" in text and "advantage" in text
+
+
+def test_shares_of_the_terms_sum_to_one(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished[1])).Reload()
+    terms = ("exploration", "imitation", "regularizer")
+    steps = [
+        sum(events.Scalars(f"train/objective/{term}_share")[step].value for term in terms)
+        for step in range(4)
+    ]
+    assert steps == pytest.approx([1.0] * 4, abs=1e-5)
+
+
+def test_the_table_shows_percentages_intervals_and_the_meaning_of_ties():
+    estimates = {
+        "ras": Estimate(0.945, 0.91, 0.967),
+        "base_ras": Estimate(0.363, 0.3, 0.4),
+        "nag": Estimate(-0.05, -0.1, 0.0),
+        "reward": Estimate(0.96, 0.95, 0.97),
+        "reference_answer_reward": Estimate(0.704, 0.69, 0.72),
+    }
+    table = summary_table(estimates, ties_as="half", gain="net").splitlines()
+    ras, nag, reward = (
+        next(line for line in table if name in line) for name in ("RAS %", "NAG %", "reward")
+    )
+    assert ras.split() == ["RAS", "%", "94.5", "[91.0,", "96.7]", "36.3"]
+    assert nag.split() == ["NAG", "%", "-5.0", "[-10.0,", "+0.0]"]
+    assert "0.704" in reward or "0.704" in table[-1] or any("0.704" in line for line in table)
+    assert any("ties count as half" in line and "wins minus losses" in line for line in table)

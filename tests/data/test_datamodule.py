@@ -1,0 +1,97 @@
+"""Batches: which prompts, in which order, with which tokens."""
+
+import pytest
+
+from grao_lightning import PromptDataModule
+from grao_lightning.data.sampler import StepBatchSampler
+from grao_lightning.faults import UserError
+
+
+def first_batches(sampler: StepBatchSampler, number: int) -> list[list[int]]:
+    return [batch for _, batch in zip(range(number), sampler, strict=False)]
+
+
+def test_every_pass_over_the_data_holds_each_row_once_in_another_order():
+    sampler = StepBatchSampler(12, 4, seed=0)
+    rows = [row for batch in first_batches(sampler, 6) for row in batch]
+    assert sorted(rows[:12]) == sorted(rows[12:]) == list(range(12))
+    assert rows[:12] != rows[12:]
+
+
+def test_a_batch_may_reach_over_the_end_of_a_pass_and_drops_nothing():
+    sampler = StepBatchSampler(10, 4, seed=0)
+    rows = [row for batch in first_batches(sampler, 5) for row in batch]
+    assert sorted(rows[:10]) == sorted(rows[10:20]) == list(range(10))
+
+
+def test_a_batch_is_a_function_of_seed_and_step():
+    whole = first_batches(StepBatchSampler(50, 8, seed=1), 9)
+    assert first_batches(StepBatchSampler(50, 8, seed=1, first_step=4), 5) == whole[4:]
+    assert first_batches(StepBatchSampler(50, 8, seed=2), 9) != whole
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_share_the_batch_of_a_single_process(world_size):
+    whole = first_batches(StepBatchSampler(50, 8, seed=1), 3)
+    shares = [
+        first_batches(StepBatchSampler(50, 8, seed=1, rank=rank, world_size=world_size), 3)
+        for rank in range(world_size)
+    ]
+    for step in range(3):
+        together = [row for share in shares for row in share[step]]
+        assert sorted(together) == sorted(whole[step])
+        assert all(len(share[step]) == 8 // world_size for share in shares)
+
+
+@pytest.fixture(scope="module")
+def data() -> PromptDataModule:
+    module = PromptDataModule(validation_prompts=20, validation_batch_size=8)
+    module.setup("fit")
+    return module
+
+
+def test_validation_shows_each_of_the_first_rows_once(data):
+    batches = list(data.val_dataloader())
+    assert [index for batch in batches for index in batch.indices] == list(range(20))
+    assert [len(batch) for batch in batches] == [8, 8, 4]
+
+
+def test_a_batch_holds_prompts_answers_and_other_columns(data):
+    batch = next(iter(data.val_dataloader()))
+    tokenizer = data.encoder._tokenizer
+    for number in range(len(batch)):
+        keywords = batch.columns[number]["keywords"]
+        prompt = tokenizer.decode(batch.prompt_ids[number])
+        assert prompt == f"<bos> {keywords} <sep>"
+        assert batch.prompts[number] == f"\n\nHuman: {keywords}\n\nAssistant:"
+        answer = tokenizer.decode(batch.reference_answer_ids[number])
+        assert answer == f"{batch.reference_answers[number]} <eos>"
+
+
+def test_the_whole_validation_split_gives_preference_pairs_whatever_is_validated(data):
+    prompts, chosen, rejected = data.preference_pairs("validation")
+    assert len(prompts) == len(chosen) == len(rejected) == 256
+    assert prompts[0].startswith("\n\nHuman: ") and chosen[0] != rejected[0]
+
+
+def test_workers_give_the_same_batches_as_none():
+    def batches(num_workers: int):
+        module = PromptDataModule(num_workers=num_workers, prompts_per_step=4)
+        module.setup("fit")
+        return [batch.prompt_ids for _, batch in zip(range(3), module.train_dataloader())]
+
+    assert batches(0) == batches(2)
+
+
+def test_faults_name_the_prompts_per_step_that_would_work():
+    faults = PromptDataModule(prompts_per_step=7).faults(world_size=4)
+    assert faults == ["data.prompts_per_step must be a multiple of the 4 devices; got 7: 4 works"]
+    assert PromptDataModule(prompts_per_step=8).faults(world_size=4) == []
+
+
+def test_a_source_without_usable_rows_tells_why(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "q", "chosen": "same", "rejected": "same"}\n')
+    module = PromptDataModule(train=str(path))
+    with pytest.raises(UserError, match=r"no usable row in .*rows.jsonl.*kept 0"):
+        module.read("train")
