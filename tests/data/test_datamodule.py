@@ -78,7 +78,8 @@ def test_workers_give_the_same_batches_as_none():
     def batches(num_workers: int):
         module = PromptDataModule(num_workers=num_workers, prompts_per_step=4)
         module.setup("fit")
-        return [batch.prompt_ids for _, batch in zip(range(3), module.train_dataloader())]
+        batches = zip(range(3), module.train_dataloader(), strict=False)
+        return [batch.prompt_ids for _, batch in batches]
 
     assert batches(0) == batches(2)
 

@@ -45,8 +45,8 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit_and_another_seed_other
     assert largest_difference(first, other) > 1e-4
 
 
-# AdamW divides a gradient by its own size: where that is rounding noise (embeddings of words that did
-# not occur), float32 weights wander by up to the learning rate. In float64 nothing hides in there.
+# AdamW divides a gradient by its own size: where that is rounding noise (embeddings of words that
+# did not occur), float32 weights wander by up to the learning rate. In float64 nothing hides.
 EXACT = {"precision": "64-true"}
 
 
