@@ -89,7 +89,8 @@ class AlignmentModule(LightningModule):
         self.num_sampled_tokens = 0
         self.ties_as = ties_as
         self.gain = gain
-        self.validation_metrics = ValidationMetrics(ties_as, gain)
+        has_base = reference_model is not None
+        self.validation_metrics = ValidationMetrics(ties_as, gain, has_base=has_base)
         self.estimates: dict[str, Estimate] = {}
         self.step_values: dict[str, float] = {}
 

@@ -24,25 +24,30 @@ class ValidationMetrics(nn.Module):
     Args:
         ties_as: What a tie counts as in RAS.
         gain: Which NAG.
+        has_base: Whether there is an untrained base to compare with.
     """
 
-    def __init__(self, ties_as: TiesAs = "loss", gain: GainKind = "net") -> None:
+    def __init__(
+        self, ties_as: TiesAs = "loss", gain: GainKind = "net", *, has_base: bool = True
+    ) -> None:
         super().__init__()
-        self._metrics = nn.ModuleDict(
-            {
-                "ras": RelativeAdversarialScore(ties_as),
+        metrics: dict[str, Metric] = {
+            "ras": RelativeAdversarialScore(ties_as),
+            "reward": MeanWithInterval(),
+            "length": MeanWithInterval(),
+            "clipped_ratio": ShareWithInterval(),
+            "reference_answer_reward": MeanWithInterval(),
+            "reference_answer_length": MeanWithInterval(),
+        }
+        if has_base:
+            metrics |= {
                 "nag": NormalizedAlignmentGain(gain),
-                "reward": MeanWithInterval(),
-                "length": MeanWithInterval(),
-                "clipped_ratio": ShareWithInterval(),
                 "base_ras": RelativeAdversarialScore(ties_as),
                 "base_reward": MeanWithInterval(),
                 "base_length": MeanWithInterval(),
                 "base_clipped_ratio": ShareWithInterval(),
-                "reference_answer_reward": MeanWithInterval(),
-                "reference_answer_length": MeanWithInterval(),
             }
-        )
+        self._metrics = nn.ModuleDict(metrics)
 
     def update(self, batch: PromptBatch) -> None:
         """Take in a sampled and scored validation batch."""
@@ -61,9 +66,8 @@ class ValidationMetrics(nn.Module):
             self._add("nag", batch.gain_outcomes)
 
     def compute(self) -> dict[str, Estimate]:
-        """Return every metric that saw a prompt."""
-        estimates = {name: self._metric(name).compute() for name in self._metrics}
-        return {name: value for name, value in estimates.items() if value.value == value.value}
+        """Return every metric; NaN for one that saw no prompt."""
+        return {name: self._metric(name).compute() for name in self._metrics}
 
     def reset(self) -> None:
         """Forget everything."""

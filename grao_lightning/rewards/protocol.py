@@ -67,10 +67,11 @@ class RewardSpec:
                 f"scoring.rewards: cannot import {self.function!r} ({error}); give the path of a "
                 "function or class as package.module.name, importable from the working directory"
             ) from None
-        if not inspect.isclass(function):
-            return function
         try:
-            return function(**self.arguments)
+            made: RewardFunction = (
+                function(**self.arguments) if isinstance(function, type) else function
+            )
+            return made
         except (TypeError, ValueError, ImportError) as error:
             raise UserError(f"scoring.rewards: arguments of {self.function}: {error}") from None
 
