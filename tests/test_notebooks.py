@@ -1,0 +1,24 @@
+"""The notebooks run from top to bottom and show what they promise."""
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+
+@pytest.fixture
+def quickstart(repository, tmp_path):
+    """The executed notebook."""
+    notebook = nbformat.read(repository / "notebooks" / "quickstart.ipynb", as_version=4)
+    assert all(not cell.get("outputs") for cell in notebook.cells), "commit notebooks cleared"
+    client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
+    return client.execute()
+
+
+def test_quickstart_trains_beyond_the_reference_answers_and_plots_it(quickstart):
+    outputs = [output for cell in quickstart.cells for output in cell.get("outputs", [])]
+    printed = "".join(output.get("text", "") for output in outputs)
+    ras = next(line for line in printed.splitlines() if line.startswith("RAS %")).split()
+    before, after = float(ras[-1]), float(ras[2])
+    assert before < 50 < 85 < after
+    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert len(pictures) == 1
