@@ -1,5 +1,6 @@
 """The ``grao`` command. What needs no torch is answered before torch is imported."""
 
+import gc
 import os
 import sys
 
@@ -56,9 +57,12 @@ def _run(arguments: list[str]) -> int:
 
             export_command(arguments[1:])
         else:
+            gc.disable()  # looking for garbage among what is imported would take a fifth of it
             from grao_lightning.cli import run
 
-            run()
+            gc.freeze()
+            gc.enable()
+            run(arguments[0])
     except UserError as error:
         if os.environ.get("GRAO_TRACEBACK"):
             raise

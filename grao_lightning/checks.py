@@ -1,5 +1,6 @@
 """What must hold of a run as a whole; told together, before any model loads."""
 
+import difflib
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
@@ -13,23 +14,31 @@ _STAGES = (GroupSampling, GroupScoring, ReferenceAwareClipping)
 
 
 def check_run(trainer: Trainer, module: Any, data: Any) -> None:
-    """Check module, data, callbacks and trainer, each by itself and against one another.
+    """Raise one error that lists what `run_faults` finds.
+
+    Raises:
+        UserError: There are faults.
+    """
+    run_faults(trainer, module, data, trainer.state.fn).raise_if_any()
+
+
+def run_faults(trainer: Trainer, module: Any, data: Any, command: str | None) -> Faults:
+    """Return what is wrong with module, data, callbacks and trainer, also with one another.
 
     Args:
         trainer: With its callbacks.
         module: An `AlignmentModule`.
         data: A `PromptDataModule`, or None where other loaders supply the batches.
-
-    Raises:
-        UserError: Lists every fault.
+        command: "fit" or another method of the trainer.
     """
     faults = Faults()
     faults.add(*module.faults())
     if hasattr(data, "faults"):
         faults.add(*data.faults(trainer.world_size))
     faults.add(*_stage_faults(trainer, module.reference_model_source is not None))
-    faults.add(*_trainer_faults(trainer))
-    faults.raise_if_any()
+    faults.add(*_trainer_faults(trainer, command))
+    faults.add(*_monitor_faults(trainer, module))
+    return faults
 
 
 def _stage_faults(trainer: Trainer, has_reference_model: bool) -> Faults:
@@ -57,14 +66,38 @@ def _stage_faults(trainer: Trainer, has_reference_model: bool) -> Faults:
     return faults
 
 
-def _trainer_faults(trainer: Trainer) -> Faults:
+def _trainer_faults(trainer: Trainer, command: str | None) -> Faults:
     faults = Faults()
-    if trainer.state.fn == "fit" and trainer.max_steps < 0:
+    if command == "fit" and trainer.max_steps < 0:
         faults.add("trainer.max_steps must be set, since the prompts are endless; got -1")
+    if trainer.gradient_clip_val:
+        faults.add(
+            "trainer.gradient_clip_val must not be set, since ReferenceAwareClipping clips; got "
+            f"{trainer.gradient_clip_val}: set clipping.max_norm instead"
+        )
+    if trainer.accumulate_grad_batches != 1:
+        faults.add(
+            "trainer.accumulate_grad_batches must be 1, since a step is one batch of groups; got "
+            f"{trainer.accumulate_grad_batches}: raise data.prompts_per_step for larger steps, "
+            "lower model.micro_batch_tokens to save memory"
+        )
     strategy = type(trainer.strategy).__name__
     if "DeepSpeed" in strategy or "FSDP" in strategy or "ModelParallel" in strategy:
         faults.add(
             f"trainer.strategy must keep whole gradients on every device, or their norm is not "
             f"clipped; got {strategy}: use auto or ddp"
         )
+    return faults
+
+
+def _monitor_faults(trainer: Trainer, module: Any) -> Faults:
+    """Return likely typos: an unknown figure would end the run at its first validation."""
+    faults = Faults()
+    known = [f"val/{name}" for name in module.validation_metrics.names]
+    known += [f"{name}_{end}" for name in known for end in ("low", "high")]
+    for callback in trainer.checkpoint_callbacks:
+        monitor = getattr(callback, "monitor", None)
+        close = difflib.get_close_matches(monitor or "", known, n=1)
+        if close and monitor not in known:  # a figure unlike ours may be logged by the user
+            faults.add(f"checkpoint monitor {monitor!r} is not logged; did you mean {close[0]}?")
     return faults

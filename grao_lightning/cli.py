@@ -1,12 +1,16 @@
 """``grao fit`` and ``grao validate``: LightningCLI with the three stages in their order."""
 
 import logging
+import sys
 import warnings
+from argparse import ArgumentError
 from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -16,10 +20,12 @@ from grao_lightning.callbacks.panels import TensorBoardPanels
 from grao_lightning.callbacks.sampling import GroupSampling
 from grao_lightning.callbacks.scoring import GroupScoring
 from grao_lightning.callbacks.summary import RunSummary
-from grao_lightning.checks import check_run
+from grao_lightning.checks import run_faults
 from grao_lightning.data.datamodule import PromptDataModule
-from grao_lightning.faults import UserError
+from grao_lightning.faults import Faults, UserError
+from grao_lightning.models import checkpoint_fault
 from grao_lightning.modules.base import AlignmentModule
+from grao_lightning.parse_errors import explain
 
 _QUIET = (
     # Manual optimisation: the checkpoint is taken after the step, whatever the note says.
@@ -35,13 +41,21 @@ _QUIET = (
 
 
 class GRAOCommandLine(LightningCLI):
-    """One namespace a concern: model, data, sampling, scoring, clipping, checkpoint, trainer."""
+    """One namespace a concern: model, data, sampling, scoring, clipping, checkpoint, trainer.
 
-    def __init__(self) -> None:
+    Args:
+        command: "fit" or "validate".
+    """
+
+    def __init__(self, command: str) -> None:
+        self._command = command
         super().__init__(
             AlignmentModule,
             PromptDataModule,
             subclass_mode_model=True,
+            auto_configure_optimizers=False,  # the module's own settings make its optimiser
+            # Errors come to `parse_arguments`; an abbreviation would be a typo that passes.
+            parser_kwargs={"exit_on_error": False, "allow_abbrev": False},
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={
@@ -60,11 +74,17 @@ class GRAOCommandLine(LightningCLI):
             },
         )
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Return the trainer methods offered, each with its arguments that are not options."""
-        everything = LightningCLI.subcommands()
-        return {name: everything[name] for name in ("fit", "validate")}
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Return the one command that runs, since a parser takes a while to make."""
+        return {self._command: LightningCLI.subcommands()[self._command]}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and tell what is wrong in one sentence instead of a screenful of usage."""
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            known = [action.dest for action in self._parser(self._command)._actions]
+            raise UserError(explain(str(error), known, sys.argv[1:])) from None
 
     def _prepare_subcommand_parser(
         self, klass: type, subcommand: str, **kwargs: Any
@@ -103,20 +123,60 @@ class GRAOCommandLine(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Make the parts, then tell every fault before a model loads."""
+        self._check_config()
         super().instantiate_classes()
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         self._summary = next(part for part in callbacks if isinstance(part, RunSummary))
         self._summary.config = yaml.safe_load(
             self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
         )
-        check_run(self.trainer, self.model, self.datamodule)
-        checkpoint = self.config_init[self.subcommand].get("ckpt_path")
-        if (
-            checkpoint
-            and checkpoint not in ("last", "best", "hpc")
-            and not Path(checkpoint).exists()
-        ):
-            raise UserError(f"ckpt_path: no such file: {checkpoint}")
+        faults = run_faults(self.trainer, self.model, self.datamodule, self._command)
+        faults.add(self._checkpoint_fault(self.config_init[self._command].get("ckpt_path")))
+        faults.raise_if_any()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make the Trainer; what it refuses is a fault in its settings."""
+        settings = self.config[self._command].trainer
+        if not settings.logger:  # such a run has no folder: it would write over ./config.yaml
+            self.save_config_callback = None
+        if settings.enable_progress_bar is False:
+            callbacks = self.trainer_defaults["callbacks"]
+            callbacks[:] = [part for part in callbacks if not isinstance(part, StepProgressBar)]
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            raise UserError(f"trainer: {error}") from None
+
+    def _check_config(self) -> None:
+        faults = Faults()
+        config = self.config[self._command]
+        for section in ("trainer", "data", *self._parser(self._command).callback_keys):
+            content = config.get(section)
+            if not isinstance(content, Namespace):
+                got = "nothing" if content is None else repr(content)
+                faults.add(
+                    f"{section} must hold settings, each on a line of its own below it; got {got}: "
+                    f"add them, or remove {section} for its defaults"
+                )
+        faults.raise_if_any()
+        if config.trainer.enable_checkpointing is False:
+            faults.add(
+                "trainer.enable_checkpointing must not be false, since a run is there for its last "
+                "checkpoint; remove it"
+            )
+        faults.raise_if_any()
+
+    def _checkpoint_fault(self, source: str | None) -> str | None:
+        if source is None:
+            return None
+        if source == "last" and self._command == "fit":
+            if self.config[self._command].last_checkpoint.dirpath:
+                return None
+            return (
+                "ckpt_path=last looks in last_checkpoint.dirpath, which is not set; set it to a "
+                "folder that stays the same from run to run, or give the checkpoint's path"
+            )
+        return checkpoint_fault("ckpt_path", source)
 
     def after_fit(self) -> None:
         """Keep the last step's weights, and validate it where ``val_check_interval`` did not."""
@@ -127,8 +187,11 @@ class GRAOCommandLine(LightningCLI):
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 
 
-def run(arguments: Any = None) -> GRAOCommandLine:
-    """Run ``fit`` or ``validate`` with the arguments of the process.
+def run(command: str) -> GRAOCommandLine:
+    """Run a command with the arguments of the process.
+
+    Args:
+        command: "fit" or "validate".
 
     Raises:
         UserError: A setting, a file or the combination of parts is wrong.
@@ -138,9 +201,10 @@ def run(arguments: Any = None) -> GRAOCommandLine:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for noisy in ("httpx", "datasets", "transformers", "absl"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("huggingface_hub").propagate = False  # it prints its warnings itself
     advertisements = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     advertisements.addFilter(lambda record: "Tip: For seamless" not in record.getMessage())
     try:
-        return GRAOCommandLine()
+        return GRAOCommandLine(command)
     except MisconfigurationException as error:
         raise UserError(str(error)) from None

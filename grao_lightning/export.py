@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from grao_lightning.faults import UserError
+from grao_lightning.faults import Faults, UserError
 
 
 def export_command(arguments: list[str]) -> None:
@@ -35,37 +35,56 @@ def export(ckpt_path: str, output: str, policy: str | None = None) -> None:
     Raises:
         UserError: The checkpoint cannot be read or does not fit, or the folder is in use.
     """
-    import torch
+    from grao_lightning.models import (
+        checkpoint_fault,
+        first_mismatch,
+        load_model,
+        load_tokenizer,
+        source_fault,
+    )
 
-    from grao_lightning.models import load_model, load_tokenizer
-
-    folder = Path(output)
+    faults = Faults()
+    faults.add(checkpoint_fault("--ckpt_path", ckpt_path))
+    if policy is not None:
+        faults.add(source_fault("--policy", policy))
+    folder = Path(output).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--output: {output} holds files already; name a new folder")
-    if not Path(ckpt_path).is_file():
-        raise UserError(f"--ckpt_path: no such file: {ckpt_path}")
-    try:
-        checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
-        weights = {
-            name.removeprefix("policy."): value
-            for name, value in checkpoint["state_dict"].items()
-            if name.startswith("policy.")
-        }
-    except Exception as error:  # a damaged file fails in many ways
-        raise UserError(f"--ckpt_path: {ckpt_path} is no checkpoint of grao fit: {error}") from None
-    source = policy or _policy_source(checkpoint["hyper_parameters"])
-    if source is None or not weights:
-        raise UserError(f"--ckpt_path: {ckpt_path} holds no policy of grao fit")
+        faults.add(f"--output: {output} holds files already; name a new folder")
+    faults.raise_if_any("in the arguments")
+    weights, settings = _read(Path(ckpt_path).expanduser())
+    source = policy or settings["policy"]
     model = load_model("--policy", source)
     dtype = next(iter(weights.values())).dtype
     try:
         model.to(dtype).load_state_dict(weights)
     except RuntimeError as error:
-        raise UserError(f"--policy: {source} does not fit the checkpoint: {error}") from None
+        raise UserError(
+            f"--policy: {source} does not fit the checkpoint: {first_mismatch(error)}"
+        ) from error
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output: cannot make the folder {output}: {error.strerror}") from None
     model.save_pretrained(folder)
     load_tokenizer("--policy", source).save_pretrained(folder)
 
 
-def _policy_source(settings: dict[str, Any]) -> str | None:
-    """Return ``model.policy``, from the CLI's nested settings or from the module's own."""
-    return settings.get("init_args", settings).get("policy")
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the policy's weights and the module's settings."""
+    import torch
+
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file fails in many ways
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--ckpt_path: {path} cannot be read: {reason}") from error
+    weights = {
+        name.removeprefix("policy."): value
+        for name, value in checkpoint.get("state_dict", {}).items()
+        if name.startswith("policy.")
+    }
+    settings = checkpoint.get("hyper_parameters", {})
+    settings = settings.get("init_args", settings)  # nested by the CLI, plain in Python
+    if not weights or "policy" not in settings:
+        raise UserError(f"--ckpt_path: {path} holds no policy; give a checkpoint of grao fit")
+    return weights, settings

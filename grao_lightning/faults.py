@@ -29,12 +29,15 @@ class Faults(list[str]):
         if value not in valid:
             self.add(f"{setting} must be one of {', '.join(valid)}; got {value!r}")
 
-    def raise_if_any(self) -> None:
+    def raise_if_any(self, where: str = "in the configuration") -> None:
         """Raise one error that lists all faults, if there are any.
+
+        Args:
+            where: They are, for the headline.
 
         Raises:
             UserError: There are faults.
         """
         if self:
             count = "1 fault" if len(self) == 1 else f"{len(self)} faults"
-            raise UserError("\n  - ".join([f"{count} in the configuration:", *self]))
+            raise UserError("\n  - ".join([f"{count} {where}:", *self]))

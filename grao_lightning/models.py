@@ -1,6 +1,7 @@
 """Where policies and tokenizers come from: a hub name, a folder, a GGUF file, or embedded."""
 
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,38 @@ def source_fault(setting: str, source: str) -> str | None:
         if (path / "config.json").is_file():
             return None
         return f"{setting}: {source} has no config.json; give a folder that save_pretrained wrote"
-    if path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
+    outside = path.is_absolute() or source.startswith((".", "~")) or source.endswith("/")
+    if outside or source.count("/") > 1:
         return (
             f"{setting}: no such folder: {source}; give a folder that save_pretrained wrote, a "
             ".gguf file, a hub name (organisation/name) or embedded:keywords"
         )
     return None
+
+
+def checkpoint_fault(setting: str, source: str) -> str | None:
+    """Return what is wrong with a checkpoint as far as can be told without loading it."""
+    path = Path(source).expanduser()
+    if not path.is_file():
+        return (
+            f"{setting}: no such file: {source}; give a checkpoint of grao fit, such as "
+            "runs/version_0/checkpoints/last.ckpt"
+        )
+    try:
+        # The list of contents comes last, so a file that is cut off does not open.
+        with zipfile.ZipFile(path) as archive:
+            outlines = [archive.read(name) for name in archive.namelist() if "data.pkl" in name]
+    except zipfile.BadZipFile:
+        outlines = []
+    if not any(b"pytorch-lightning_version" in outline for outline in outlines):
+        return f"{setting}: {source} is no checkpoint of grao fit, or is cut off; give a whole one"
+    return None
+
+
+def first_mismatch(error: RuntimeError) -> str:
+    """Return the first of the many lines with which ``load_state_dict`` refuses weights."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return next((line for line in lines[1:] if line), lines[0])
 
 
 def load_model(setting: str, source: str, **options: Any) -> Any:
@@ -109,10 +136,10 @@ def _load(setting: str, source: str, auto_class: Any, **options: Any) -> Any:
         location, options["gguf_file"] = str(path.parent), path.name
     try:
         return auto_class.from_pretrained(location, **options)
-    except (OSError, ImportError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # an unknown or damaged model fails in many ways
+        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error) else repr(error)
         raise UserError(
-            f"{setting}: cannot load {source!r}: {reason} Give a hub name that can be reached, a "
+            f"{setting}: cannot load {source!r}: {reason}. Give a hub name that can be reached, a "
             "folder that save_pretrained wrote, or a .gguf file (pip install "
             "'grao-lightning[gguf]')"
-        ) from None
+        ) from error

@@ -36,6 +36,8 @@ def tiny_model(family: str, **options: Any) -> Any:
         options = {"num_local_experts": 4, "num_experts_per_tok": 2, **options}
     if family == "Gemma2":
         options = {"head_dim": 8, "final_logit_softcapping": 2.0, **options}
+    if family in ("Gemma", "Qwen3"):
+        options = {"head_dim": 8, **options}
     if family == "Granite":
         options = {"logits_scaling": 3.0, **options}
     config = getattr(transformers, f"{family}Config")(**{**_SMALL, **options})

@@ -93,7 +93,8 @@ class ReferenceAwareClipping(Callback):
         with phase(trainer, batch, "reference_model"):
             rows = batch.group_rows()
             logprobs = [torch.empty(0)] * len(rows)
-            for numbers in split_by_tokens(rows, range(len(rows)), pl_module.micro_batch_tokens):
+            everyone, budget = range(len(rows)), pl_module.micro_batch_tokens
+            for numbers in split_by_tokens(model, rows, everyone, budget):
                 computed = token_logprobs(
                     model,
                     [rows[number] for number in numbers],

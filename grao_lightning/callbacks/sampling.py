@@ -10,8 +10,8 @@ from grao_lightning.callbacks.phase import RareWarning, phase
 from grao_lightning.faults import Faults
 from grao_lightning.models import eos_ids
 from grao_lightning.randomness import run_seed
+from grao_lightning.sampling.completions import sample_completions
 from grao_lightning.sampling.draw import SamplingSettings, Stream, row_uniforms
-from grao_lightning.sampling.generate import sample_completions
 
 
 class GroupSampling(Callback):

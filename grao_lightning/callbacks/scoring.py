@@ -17,6 +17,7 @@ from grao_lightning.rewards.protocol import (
     RewardFunction,
     RewardSpec,
     call_rewards,
+    column_fault,
     weighted_sum,
 )
 
@@ -78,7 +79,17 @@ class GroupScoring(Callback):
         return faults
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Load the reward functions and fit those that learn from preference pairs."""
+        """Load the reward functions and fit those that learn from preference pairs.
+
+        Raises:
+            UserError: A function asks for a column that is not there, or cannot learn.
+        """
+        examples = getattr(getattr(trainer, "datamodule", None), "examples", {})
+        for split, rows in examples.items():
+            columns = {name for row in rows for name in row.columns}
+            faults = Faults()
+            faults.add(*(column_fault(function, columns) for function in self._load()))
+            faults.raise_if_any(f"in scoring.rewards on data.{split}")
         for spec, function in zip(self.rewards, self._load(), strict=True):
             if hasattr(function, "fit") and spec.label not in self.held_out_accuracy:
                 self._fit(spec.label, function, trainer)

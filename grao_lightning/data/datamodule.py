@@ -13,7 +13,6 @@ from grao_lightning.batch import PromptBatch
 from grao_lightning.data.encoding import PromptEncoder, conversation_text
 from grao_lightning.data.formats import Example, parse_rows
 from grao_lightning.data.sampler import StepBatchSampler
-from grao_lightning.data.sources import is_local, load_rows
 from grao_lightning.faults import Faults, UserError
 from grao_lightning.models import eos_ids, load_tokenizer
 from grao_lightning.randomness import run_seed
@@ -85,6 +84,7 @@ class PromptDataModule(LightningDataModule):
         faults = Faults()
         faults.at_least("data.prompts_per_step", self.prompts_per_step, 1)
         faults.at_least("data.validation_batch_size", self._validation_batch_size, 1)
+        faults.at_least("data.num_workers", self._num_workers, 0)
         if self.validation_prompts is not None:
             faults.at_least("data.validation_prompts", self.validation_prompts, 1)
         if self._max_prompt_tokens is not None:
@@ -95,16 +95,16 @@ class PromptDataModule(LightningDataModule):
                 f"data.prompts_per_step must be a multiple of the {world_size} devices; got "
                 f"{self.prompts_per_step}: {fitting} works"
             )
-        for setting, source in self._sources.items():
-            for path in [source] if isinstance(source, str) else source:
-                if is_local(path) and not has_magic(path) and not Path(path).expanduser().exists():
-                    faults.add(f"data.{setting}: no such file: {path}")
+        faults.add(_source_fault("data.train", self._sources["train"]))
+        if self._sources["validation"] != self._sources["train"]:
+            faults.add(_source_fault("data.validation", self._sources["validation"]))
         return faults
 
     def setup(self, stage: str) -> None:
         """Read the rows; the train split only where it is trained on or a reward learns from it."""
         if self.encoder is None:
-            tokenizer = load_tokenizer("data.tokenizer", self._tokenizer_source)
+            setting = "data.tokenizer (in configs: model.policy)"
+            tokenizer = load_tokenizer(setting, self._tokenizer_source)
             self.encoder = PromptEncoder(
                 tokenizer,
                 max_prompt_tokens=self._max_prompt_tokens,
@@ -113,6 +113,12 @@ class PromptDataModule(LightningDataModule):
             )
         for split in ("train", "validation") if stage == "fit" else ("validation",):
             self.read(split)
+        num_rows = len(self.examples.get("train", ()))
+        if stage == "fit" and num_rows < self.prompts_per_step:
+            raise UserError(
+                f"data.prompts_per_step must be <= {num_rows}, the usable rows of data.train, or a "
+                f"step sees a prompt twice; got {self.prompts_per_step}: lower it or add data"
+            )
 
     def read(self, split: str) -> list[Example]:
         """Return the examples of "train" or "validation", read on first use.
@@ -122,19 +128,20 @@ class PromptDataModule(LightningDataModule):
         """
         if split not in self.examples:
             source = self._sources[split]
-            if isinstance(source, str) and source.startswith(_EMBEDDED):
-                rows: Any = _embedded_rows(source, split)
-            else:
-                rows = load_rows(
-                    source,
-                    split=self._splits[split],
-                    subset=self._subset,
-                    data_dir=self._data_dir,
-                )
-            examples, report = parse_rows(rows, self._rename)
+            try:
+                examples, report = parse_rows(self._rows(split), self._rename)
+            except (ValueError, OSError) as error:
+                raise UserError(f"data.{split}: {error}") from None
             log.info("data.%s: %s", split, report)
             if not examples:
                 raise UserError(f"data.{split}: no usable row in {source}: {report}")
+            if examples[0].reference_answer is None:
+                raise UserError(
+                    f"data.{split}: {source} has prompts without reference answers, and every "
+                    "method and metric here compares with those; add a column completion (or "
+                    "chosen and rejected), or name yours with data.rename, e.g. "
+                    "{answer: completion}"
+                )
             self.examples[split] = examples
         return self.examples[split]
 
@@ -147,6 +154,18 @@ class PromptDataModule(LightningDataModule):
         ]
         prompts, chosen, rejected = zip(*pairs, strict=True) if pairs else ((), (), ())
         return list(prompts), list(chosen), list(rejected)
+
+    def _rows(self, split: str) -> Any:
+        source = self._sources[split]
+        if isinstance(source, str) and source.startswith(_EMBEDDED):
+            from grao_lightning.embedded.keywords import keyword_rows
+
+            return keyword_rows(split)
+        from grao_lightning.data.sources import load_rows  # imports `datasets`, which takes long
+
+        return load_rows(
+            source, split=self._splits[split], subset=self._subset, data_dir=self._data_dir
+        )
 
     def train_dataloader(self) -> DataLoader:
         """Return endless batches that start at the trainer's global step."""
@@ -208,9 +227,14 @@ class _Numbered(Dataset[tuple[int, Example]]):
         return index, self._examples[index]
 
 
-def _embedded_rows(source: str, split: str) -> list[dict[str, Any]]:
-    from grao_lightning.embedded.keywords import keyword_rows
+def _source_fault(setting: str, source: str | list[str]) -> str | None:
+    """Return what is wrong with a source as far as can be told without reading it."""
+    from grao_lightning.data.sources import is_local
 
-    if source != "embedded:keywords":
-        raise UserError(f"data.{split}: no embedded data {source!r}; there is embedded:keywords")
-    return keyword_rows(split)
+    for path in [source] if isinstance(source, str) else source:
+        if path.startswith(_EMBEDDED):
+            if source != "embedded:keywords":
+                return f"{setting}: no embedded data {source!r}; there is embedded:keywords"
+        elif is_local(path) and not has_magic(path) and not Path(path).expanduser().exists():
+            return f"{setting}: no such file: {path} (looked in {Path.cwd()})"
+    return None

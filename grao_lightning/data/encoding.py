@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from grao_lightning.data.formats import Message
+from grao_lightning.faults import UserError
 
 _HH_MARKERS = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "system": ""}
 _HH_CUE = "\n\nAssistant:"
@@ -51,7 +52,7 @@ class PromptEncoder:
             tokenizer's.
 
     Raises:
-        ValueError: No EOS id at all, `max_prompt_tokens` leaves no room for text, or a template
+        UserError: No EOS id at all, `max_prompt_tokens` leaves no room for text, or a template
             that cannot render one question and its answer.
     """
 
@@ -69,16 +70,16 @@ class PromptEncoder:
         self._has_template = bool(chat_template or tokenizer.chat_template)
         self._bos_ids = self._ids_before_text()
         if max_prompt_tokens is not None and max_prompt_tokens <= len(self._bos_ids):
-            raise ValueError(
-                f"max_prompt_tokens must be > {len(self._bos_ids)}, the tokens a tokenizer puts "
-                f"before any text; got {max_prompt_tokens}"
+            raise UserError(
+                f"data.max_prompt_tokens must be > {len(self._bos_ids)}, the tokens a tokenizer "
+                f"puts before any text; got {max_prompt_tokens}"
             )
         known_eos = [
             *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]),
             *eos_ids,
         ]
         if not known_eos:
-            raise ValueError(
+            raise UserError(
                 "the tokenizer must have an eos_token, which ends every answer; got None: set "
                 "tokenizer.eos_token"
             )
@@ -98,7 +99,7 @@ class PromptEncoder:
             prompt: A string, or messages that end with the user's turn.
 
         Raises:
-            ValueError: The template refuses the conversation, or system messages and template
+            UserError: The template refuses the conversation, or system messages and template
                 leave no room for a question.
         """
         if isinstance(prompt, str):
@@ -175,9 +176,9 @@ class PromptEncoder:
         too_long, fitting = 0, len(last["content"]) - 1
         encoded = encode(fitting)
         if not self._fits(encoded):
-            raise ValueError(
-                f"max_prompt_tokens must be >= {len(encoded.ids)}, which system messages, template "
-                f"and one character take; got {self._max_prompt_tokens}: raise it"
+            raise UserError(
+                f"data.max_prompt_tokens must be >= {len(encoded.ids)}, which system messages, "
+                f"template and one character take; got {self._max_prompt_tokens}: raise it"
             )
         while fitting - too_long > 1:
             middle = (too_long + fitting) // 2
@@ -203,7 +204,7 @@ class PromptEncoder:
             )
         except TemplateError as error:
             roles = ", ".join(turn["role"] for turn in turns)
-            raise ValueError(
+            raise UserError(
                 f"the chat template refuses a conversation of the roles {roles}: {error}; change "
                 "the data or set data.chat_template"
             ) from None
@@ -217,7 +218,7 @@ class PromptEncoder:
         )
         before, found, after = dialogue.rpartition(answer)
         if not found:
-            raise ValueError(
+            raise UserError(
                 "the chat template must render an assistant's turn as it is written; got "
                 f"{dialogue!r}: set data.chat_template"
             )

@@ -13,12 +13,14 @@ from torch import Tensor
 
 from grao_lightning.batch import PromptBatch, TokenRow
 from grao_lightning.checks import check_run
-from grao_lightning.faults import Faults
+from grao_lightning.faults import Faults, UserError
+from grao_lightning.head import Weigh
 from grao_lightning.logprobs import TokenLogprobs, split_by_tokens, token_logprobs
 from grao_lightning.metrics import Estimate, GainKind, TiesAs
-from grao_lightning.models import load_model, load_tokenizer, source_fault
+from grao_lightning.models import first_mismatch, load_model, load_tokenizer, source_fault
 from grao_lightning.modules.validation import ValidationMetrics
 from grao_lightning.objectives.clipping import outward_mask
+from grao_lightning.sharing import share_prompts
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +47,9 @@ class AlignmentModule(LightningModule):
         logprob_temperature: Divides the logits in training. 1 trains the policy itself, whatever
             temperature samples it.
         gradient_checkpointing: Recompute activations in the backward pass.
-        attn_implementation: Of the Hugging Face models, such as sdpa or flash_attention_2.
+        attn_implementation: Of the Hugging Face models, such as flash_attention_2; prompts are
+            then not shared.
+        share_prompts: Read every prompt once for all that follows it, where the model allows it.
         ties_as: What a tie counts as in RAS: win, half or loss.
         gain: Which NAG: "net" (wins minus losses against the untrained base) or "wins".
     """
@@ -66,6 +70,7 @@ class AlignmentModule(LightningModule):
         logprob_temperature: float = 1.0,
         gradient_checkpointing: bool = False,
         attn_implementation: str | None = None,
+        share_prompts: bool = True,
         ties_as: TiesAs = "loss",
         gain: GainKind = "net",
     ) -> None:
@@ -83,6 +88,7 @@ class AlignmentModule(LightningModule):
         self.logprob_temperature = logprob_temperature
         self.gradient_checkpointing = gradient_checkpointing
         self.attn_implementation = attn_implementation
+        self.share_prompts = share_prompts
         self.policy: Any = None
         self.reference_model: Any = None
         self.tokenizer: Any = None
@@ -124,12 +130,16 @@ class AlignmentModule(LightningModule):
             options["attn_implementation"] = self.attn_implementation
         self.tokenizer = load_tokenizer("model.policy", self.policy_source)
         self.policy = load_model("model.policy", self.policy_source, **options)
+        if self.share_prompts:
+            share_prompts(self.policy)
         if self.reference_model_source == "policy":
             self.reference_model = deepcopy(self.policy)
         elif self.reference_model_source is not None:
             self.reference_model = load_model(
                 "model.reference_model", self.reference_model_source, **options
             )
+            if self.share_prompts:
+                share_prompts(self.reference_model)
         if self.reference_model is not None:
             self.reference_model.requires_grad_(False).eval()
         if self.gradient_checkpointing:
@@ -181,48 +191,58 @@ class AlignmentModule(LightningModule):
         coefficients = coefficients.to(self.device)
         collected = RowLogprobs(len(rows))
 
-        def forward(numbers: list[int]) -> TokenLogprobs:
-            logprobs = token_logprobs(
+        def forward(numbers: list[int], weigh: Weigh | None = None) -> Tensor:
+            computed = token_logprobs(
                 self.policy,
                 [rows[number] for number in numbers],
                 temperature=self.logprob_temperature,
+                weigh=weigh,
             )
-            collected.add(numbers, logprobs)
-            return logprobs
+            collected.add(numbers, computed)
+            return computed.loss
 
-        active, silent = coefficients.nonzero()[:, 0], (coefficients == 0).nonzero()[:, 0]
+        def split(wanted: Tensor) -> list[list[int]]:
+            numbers = wanted.nonzero()[:, 0].tolist()
+            return split_by_tokens(self.policy, rows, numbers, self.micro_batch_tokens)
+
         with torch.no_grad():
-            for numbers in split_by_tokens(rows, silent.tolist(), self.micro_batch_tokens):
+            for numbers in split(coefficients == 0):
                 forward(numbers)
-        micro_batches = split_by_tokens(rows, active.tolist(), self.micro_batch_tokens)
-        for number, numbers in enumerate(micro_batches, start=1):
-            logprobs = forward(numbers)
-            weights = self._token_weights(batch, logprobs, numbers, coefficients[numbers])
-            loss = -(coefficients[numbers] * logprobs.mean_by_row(weights)).sum()
-            self._backward(loss, is_last=number == len(micro_batches))
+        micro_batches = split(coefficients != 0)
+        for position, numbers in enumerate(micro_batches, start=1):
+            loss = forward(numbers, self._weigh(batch, rows, numbers, coefficients))
+            self._backward(loss, is_last=position == len(micro_batches))
         if not micro_batches:  # ranks must meet in the same collectives, signal or not
             parameters = self.policy.parameters()
             self._backward(sum(p.sum() * 0.0 for p in parameters if p.requires_grad), is_last=True)
         batch.policy_logprobs = collected.logprobs
         return collected
 
-    def _token_weights(
-        self, batch: PromptBatch, computed: TokenLogprobs, numbers: list[int], coefficients: Tensor
-    ) -> Tensor | None:
-        """Return 1 for tokens that count, 0 for those the outward mask drops, [K]; None = all."""
+    def _weigh(
+        self,
+        batch: PromptBatch,
+        rows: Sequence[TokenRow],
+        numbers: list[int],
+        coefficients: Tensor,
+    ) -> Weigh:
+        """Return the weight of a token: its row's c_r over its row's length, 0 if masked out."""
+        lengths = torch.tensor([len(rows[number].answer_ids) for number in numbers])
+        by_token = coefficients[numbers].repeat_interleave(lengths.to(self.device))
+        weights = by_token / lengths.repeat_interleave(lengths).to(self.device)
         limits, frozen = batch.outward_limits, batch.reference_model_logprobs
         if limits is None:
-            return None
+            return lambda part, logprobs: weights[part]
         assert frozen is not None, "outward_limits need reference_model_logprobs"
-        counts = outward_mask(
-            computed.flat,
-            torch.cat([frozen[number] for number in numbers]),
-            coefficients[computed.row],
-            low=limits.low,
-            high=limits.high,
-        )
-        batch.statistics.mean("clip_ratio/outward", (~counts).float())
-        return counts.to(computed.flat.dtype)
+        frozen_logprobs = torch.cat([frozen[number] for number in numbers])
+
+        def masked(part: slice, logprobs: Tensor) -> Tensor:
+            counts = outward_mask(
+                logprobs, frozen_logprobs[part], by_token[part], low=limits.low, high=limits.high
+            )
+            batch.statistics.mean("clip_ratio/outward", (~counts).double())
+            return weights[part] * counts
+
+        return masked
 
     def finish_step(self, batch: PromptBatch) -> None:
         """Take the optimiser step and log what the batch's stages noted."""
@@ -315,7 +335,13 @@ class AlignmentModule(LightningModule):
         if self.reference_model is not None:
             own = self.reference_model.state_dict(prefix="reference_model.")
             state_dict = {**own, **state_dict}
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        try:
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        except RuntimeError as error:
+            raise UserError(
+                f"ckpt_path: the checkpoint is not of model.policy={self.policy_source}; name the "
+                f"policy it was trained from: {first_mismatch(error)}"
+            ) from error
 
 
 class RowLogprobs:

@@ -69,6 +69,11 @@ class ValidationMetrics(nn.Module):
         """Return every metric; NaN for one that saw no prompt."""
         return {name: self._metric(name).compute() for name in self._metrics}
 
+    @property
+    def names(self) -> list[str]:
+        """Return the names of all metrics."""
+        return list(self._metrics)
+
     def reset(self) -> None:
         """Forget everything."""
         for name in self._metrics:

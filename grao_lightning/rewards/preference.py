@@ -4,6 +4,7 @@ import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
+from grao_lightning.faults import UserError
 from grao_lightning.metrics import Estimate, wilson_interval
 
 # An n-gram of a single answer says nothing about another one, and there are very many of them.
@@ -70,15 +71,18 @@ class NGramPreference:
             rejected: The other answer to the same prompt.
 
         Raises:
-            ValueError: The lengths differ, there are fewer than 2 pairs, or no n-gram occurs in 2
-                answers.
+            ValueError: The lengths differ.
+            UserError: There are fewer than 2 pairs, or no n-gram occurs in 2 answers.
         """
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.linear_model import LogisticRegression
 
         _check_lengths(prompts=prompts, chosen=chosen, rejected=rejected)
         if len(chosen) < 2:
-            raise ValueError(f"fit needs >= 2 pairs to learn from; got {len(chosen)}")
+            raise UserError(
+                f"scoring.rewards: NGramPreference needs >= 2 pairs to learn from; got "
+                f"{len(chosen)}: give preference data with more rows"
+            )
         vectorizer = TfidfVectorizer(
             analyzer="char_wb",
             ngram_range=self.ngram_range,
@@ -89,8 +93,8 @@ class NGramPreference:
         try:
             vectorizer.fit(answers)
         except ValueError as error:
-            raise ValueError(
-                f"no n-gram of {self.ngram_range} characters occurs in "
+            raise UserError(
+                f"scoring.rewards: no n-gram of {self.ngram_range} characters occurs in "
                 f"{_MIN_ANSWERS_PER_NGRAM} answers of {len(chosen)} pairs: give more pairs or "
                 f"shorter n-grams ({error})"
             ) from error

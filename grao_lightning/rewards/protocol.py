@@ -18,7 +18,7 @@ import asyncio
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -114,7 +114,7 @@ def call_rewards(
         scores = [math.nan if score is None else float(score) for score in result]
         if len(scores) != len(arguments["completions"]):
             raise UserError(
-                f"reward function {function!r} must return one score a completion: got "
+                f"reward function {_name(function)} must return one score a completion: got "
                 f"{len(scores)} for {len(arguments['completions'])} completions"
             )
         return scores
@@ -147,20 +147,35 @@ def weighted_sum(scores: Tensor, weights: Sequence[float]) -> Tensor:
     return total.where(applies.any(dim=0), torch.nan)
 
 
+def column_fault(function: RewardFunction, columns: Iterable[str]) -> str | None:
+    """Return that a reward function asks for columns that the dataset does not have.
+
+    Args:
+        function: As `RewardSpec.load` gives it.
+        columns: Of the dataset, besides prompts and answers.
+    """
+    missing = columns_asked_for(function)[0].difference(columns)
+    if not missing:
+        return None
+    return (
+        f"reward function {_name(function)} asks for column {', '.join(sorted(missing))}; the "
+        f"dataset has {', '.join(sorted(columns)) or 'none'} besides prompts, completions and "
+        "reference_answers: rename one with data.rename or drop the parameter"
+    )
+
+
 def _wanted(function: RewardFunction, arguments: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    required, takes_any = columns_asked_for(function)
-    missing = required - arguments.keys()
-    if missing:
-        raise UserError(
-            f"reward function {function!r} asks for column {', '.join(sorted(missing))}; the "
-            f"dataset has {', '.join(sorted(arguments.keys() - set(_BUILT_IN))) or 'none'} besides "
-            "prompts, completions and reference_answers: rename one with data.rename or drop the "
-            "parameter"
-        )
-    if takes_any:
+    fault = column_fault(function, arguments.keys() - set(_BUILT_IN))
+    if fault:
+        raise UserError(fault)
+    if columns_asked_for(function)[1]:
         return arguments
     return {
         name: arguments[name]
         for name in inspect.signature(function).parameters
         if name in arguments
     }
+
+
+def _name(function: RewardFunction) -> str:
+    return getattr(function, "__name__", type(function).__name__)

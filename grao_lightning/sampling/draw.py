@@ -9,9 +9,11 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Stream = Literal["train", "validation"]
+_BLOCK = 256
 _STREAM_NUMBERS: dict[Stream, int] = {"train": 0, "validation": 1}
 
 
@@ -70,13 +72,30 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, settings: SamplingSettings) ->
         return logits.argmax(dim=-1)
     probabilities = torch.softmax(logits.float() / settings.temperature, dim=-1)
     probabilities = _truncated(probabilities, settings)
-    cumulative = probabilities.double().cumsum(dim=-1)
-    points = uniforms.to(cumulative.device)[:, None] * cumulative[:, -1:]
-    # right=True finds the first token whose cumulative probability exceeds the point, so tokens of
-    # probability 0 are stepped over; the clamp is for a point rounded up to the total.
-    tokens = torch.searchsorted(cumulative, points, right=True)[:, 0]
-    last_possible = (cumulative < cumulative[:, -1:]).sum(dim=-1)
-    return torch.minimum(tokens, last_possible)
+    # In two levels, since a cumulative sum in float64 over a whole vocabulary costs more than the
+    # softmax: first the block of tokens, then the token in it.
+    num_blocks = -(-probabilities.shape[-1] // _BLOCK)
+    padding = num_blocks * _BLOCK - probabilities.shape[-1]
+    blocks = F.pad(probabilities, (0, padding)).view(-1, num_blocks, _BLOCK)
+    sums = blocks.sum(dim=-1, dtype=torch.double)
+    points = uniforms.to(sums.device) * sums.sum(dim=-1)
+    block, before = _invert(sums, points)
+    within = blocks[torch.arange(len(blocks), device=block.device), block].double()
+    token, _ = _invert(within, points - before)
+    return block * _BLOCK + token
+
+
+def _invert(sizes: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+    """Return where the running sum of sizes [N, M] exceeds points [N], and the sum before it.
+
+    Places of size 0 are never returned, not even for a point rounded to 0 or to the total.
+    """
+    cumulative = sizes.cumsum(dim=-1)
+    place = torch.searchsorted(cumulative, points[:, None], right=True)[:, 0]
+    places = torch.arange(sizes.shape[-1], device=sizes.device)
+    last_possible = places.where(sizes > 0, -1).amax(dim=-1)
+    place = torch.minimum(place, last_possible)
+    return place, cumulative.gather(1, place[:, None])[:, 0] - sizes.gather(1, place[:, None])[:, 0]
 
 
 def _truncated(probabilities: Tensor, settings: SamplingSettings) -> Tensor:

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from grao_lightning.embedded.base import keyword_tokenizer
+from grao_lightning.sampling.completions import generation_mode, sample_completions
 from grao_lightning.sampling.draw import SamplingSettings, row_uniforms
-from grao_lightning.sampling.generate import generation_mode, sample_completions
 from tests.conftest import tiny_model
 
 G, T = 3, 10

@@ -1,0 +1,237 @@
+"""Attention for rows that share prompts, as an attention implementation of Hugging Face models.
+
+``SHARED`` is the name to give to ``set_attn_implementation``. Without a layout it is PyTorch's
+scaled dot-product attention; with one (a keyword of the model's forward pass) the layout attends.
+A layout travels as an argument and not as state, so that gradient checkpointing finds it again.
+
+On CPU the tree is computed part by part (the prompt by itself, the branches on the prompt, each
+branch by itself) with the flash kernel, and parts are merged by their log-sum-exp, which is exact.
+Elsewhere a dense mask does the same.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from grao_lightning.packing import Pack, Segment
+
+SHARED = "grao_shared_prompt"
+
+
+class Layout(Protocol):
+    """How the rows of a forward pass share prompts."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Return the attention of query [1 or N, Hq, T, D] on key and value [1 or N, H, T, D]."""
+        ...
+
+
+def register() -> None:
+    """Make ``SHARED`` known to transformers; does nothing the second time."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if SHARED in ALL_ATTENTION_FUNCTIONS:
+        return
+
+    def attention(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
+    ) -> Any:
+        layout: Layout | None = options.pop("shared_prompts", None)
+        if layout is None:
+            return sdpa_attention_forward(module, query, key, value, mask, **options)
+        scale = options.get("scaling") or query.shape[-1] ** -0.5
+        query, key, value = (under_autocast(part) for part in (query, key, value))
+        output = layout.attend(module.layer_idx, query, key, value, scale)
+        return output.transpose(1, 2).contiguous(), None
+
+    ALL_ATTENTION_FUNCTIONS.register(SHARED, attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(SHARED, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+
+
+class TreeLayout:
+    """The attention of a `Pack`."""
+
+    def __init__(self, pack: Pack) -> None:
+        self._segments = pack.segments
+        self._pack = pack
+        self._mask: Tensor | None = None
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Return the attention of every token of the pack, [1, Hq, S, D]."""
+        if query.device.type == "cpu":
+            return _TreeAttention.apply(query, key, value, self._segments, scale)
+        if self._mask is None:
+            self._mask = self._pack.mask().to(query.device)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=self._mask, scale=scale, enable_gqa=True
+        )
+
+
+def under_autocast(values: Tensor) -> Tensor:
+    """Return values in autocast's precision where it is on.
+
+    Norms behind the projections leave some in float32, and autocast knows no kernel of ours.
+    """
+    device = values.device.type
+    if not torch.is_autocast_enabled(device) or values.dtype == torch.double:
+        return values
+    return values.to(torch.get_autocast_dtype(device))
+
+
+def flash(
+    query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float, mask: Any = None
+) -> tuple[Tensor, Tensor]:
+    """Return attention [N, H, T, D] and its log-sum-exp [N, H, T] on CPU."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, causal, attn_mask=mask, scale=scale
+    )
+
+
+def merge(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the attention over two disjoint sets of keys from the attention over each."""
+    (left_output, left_sum), (right_output, right_sum) = left, right
+    total = torch.logaddexp(left_sum, right_sum)
+    output = left_output * (left_sum - total).exp().unsqueeze(-1).to(left_output.dtype)
+    output = output + right_output * (right_sum - total).exp().unsqueeze(-1).to(output.dtype)
+    return output, total
+
+
+class _TreeAttention(torch.autograd.Function):
+    """Flash attention part by part; the backward pass of each part uses the merged log-sum-exp."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Any, scale: float
+    ) -> Tensor:
+        repeats = query.shape[1] // key.shape[1]
+        output = torch.empty(query.shape, dtype=query.dtype)
+        sums = []
+        for segment in segments:
+            prompt = slice(segment.start, segment.branches_start)
+            own = [_repeated(part[:, :, prompt], repeats) for part in (key, value)]
+            output[:, :, prompt], prompt_sum = flash(
+                query[:, :, prompt], *own, causal=True, scale=scale
+            )
+            sums.append(prompt_sum)
+            if not segment.branch_lengths:
+                continue
+            branches = slice(segment.branches_start, segment.end)
+            asked = query[:, :, branches]
+            on_prompt, on_prompt_sum = flash(
+                _folded(asked, repeats), key[:, :, prompt], value[:, :, prompt],
+                causal=False, scale=scale,
+            )  # fmt: skip
+            ragged = _Ragged(segment.branch_lengths)
+            own = [_repeated(ragged.pad(part[:, :, branches]), repeats) for part in (key, value)]
+            on_itself, on_itself_sum = flash(ragged.pad(asked), *own, causal=True, scale=scale)
+            output[:, :, branches], branches_sum = merge(
+                (on_prompt.reshape(asked.shape), on_prompt_sum.reshape(asked.shape[:-1])),
+                (ragged.unpad(on_itself), ragged.unpad(on_itself_sum[..., None])[..., 0]),
+            )
+            sums.append(branches_sum)
+        ctx.save_for_backward(query, key, value, output, *sums)
+        ctx.segments, ctx.scale = segments, scale
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        query, key, value, output, *saved = ctx.saved_tensors
+        segments: Sequence[Segment] = ctx.segments
+        sums = iter(saved)
+        repeats = query.shape[1] // key.shape[1]
+        to_query = torch.empty(query.shape, dtype=query.dtype)
+        to_key = torch.empty(key.shape, dtype=key.dtype)
+        to_value = torch.empty(value.shape, dtype=value.dtype)
+
+        def back(gradient: Tensor, *saved: Tensor, causal: bool) -> Any:
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                gradient, *saved, 0.0, causal, scale=ctx.scale
+            )
+
+        for segment in segments:
+            prompt = slice(segment.start, segment.branches_start)
+            own = [_repeated(part[:, :, prompt], repeats) for part in (key, value)]
+            of_query, of_key, of_value = back(
+                gradient[:, :, prompt], query[:, :, prompt], *own, output[:, :, prompt],
+                next(sums), causal=True,
+            )  # fmt: skip
+            to_query[:, :, prompt] = of_query
+            to_key[:, :, prompt] = _summed(of_key, repeats)
+            to_value[:, :, prompt] = _summed(of_value, repeats)
+            if not segment.branch_lengths:
+                continue
+            branches = slice(segment.branches_start, segment.end)
+            total = next(sums)  # [1, Hq, L]
+            asked = [part[:, :, branches] for part in (gradient, query, output)]
+            folded = [_folded(part, repeats) for part in asked]
+            of_query, of_key, of_value = back(
+                folded[0], folded[1], key[:, :, prompt], value[:, :, prompt], folded[2],
+                total.reshape(folded[0].shape[:-1]), causal=False,
+            )  # fmt: skip
+            to_query[:, :, branches] = of_query.reshape(asked[0].shape)
+            to_key[:, :, prompt] += of_key
+            to_value[:, :, prompt] += of_value
+            ragged = _Ragged(segment.branch_lengths)
+            padded = [ragged.pad(part) for part in asked]
+            own = [_repeated(ragged.pad(part[:, :, branches]), repeats) for part in (key, value)]
+            of_query, of_key, of_value = back(
+                padded[0], padded[1], *own, padded[2], ragged.pad(total[..., None])[..., 0],
+                causal=True,
+            )  # fmt: skip
+            to_query[:, :, branches] += ragged.unpad(of_query)
+            to_key[:, :, branches] = ragged.unpad(_summed(of_key, repeats))
+            to_value[:, :, branches] = ragged.unpad(_summed(of_value, repeats))
+        return to_query, to_key, to_value, None, None
+
+
+class _Ragged:
+    """Branches behind one another [1, H, L, D] <-> padded side by side [n, H, T, D].
+
+    Padding is zero, in gradients too, and stands behind a branch, where causal attention never
+    looks.
+    """
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self._lengths, self._longest = tuple(lengths), max(lengths)
+        self._even = min(lengths) == self._longest
+        if not self._even:
+            kept = torch.arange(self._longest)[None] < torch.tensor(lengths)[:, None]
+            self._kept = kept.flatten().nonzero()[:, 0]  # [L] place of each token when padded
+
+    def pad(self, values: Tensor) -> Tensor:
+        """Return [n, H, T, D] from [1, H, L, D]."""
+        heads, depth = values.shape[1], values.shape[3]
+        values = values[0].transpose(0, 1)  # [L, H, D]
+        if not self._even:
+            room = values.new_zeros(len(self._lengths) * self._longest, heads, depth)
+            values = room.index_copy_(0, self._kept, values)
+        return values.view(len(self._lengths), self._longest, heads, depth).transpose(1, 2)
+
+    def unpad(self, values: Tensor) -> Tensor:
+        """Return [1, H, L, D] from [n, H, T, D]."""
+        values = values.transpose(1, 2).flatten(0, 1)  # [n * T, H, D]
+        if not self._even:
+            values = values[self._kept]
+        return values.transpose(0, 1)[None]
+
+
+def _folded(values: Tensor, repeats: int) -> Tensor:
+    """Return query heads that share a key head behind one another: [1, H, repeats * L, D]."""
+    _, heads, length, depth = values.shape
+    return values.reshape(1, heads // repeats, repeats * length, depth)
+
+
+def _repeated(values: Tensor, repeats: int) -> Tensor:
+    return values if repeats == 1 else values.repeat_interleave(repeats, dim=1)
+
+
+def _summed(values: Tensor, repeats: int) -> Tensor:
+    if repeats == 1:
+        return values
+    n, heads, length, depth = values.shape
+    return values.reshape(n, heads // repeats, repeats, length, depth).sum(dim=2)

@@ -1,0 +1,145 @@
+"""Rows that share prompts -> one sequence in which every prompt stands once. Pure: torch only.
+
+A pack is ``[prompt, branch_1 .. branch_n, next prompt, ...]``. A branch is an answer without its
+last token, which predicts nothing; positions restart after the prompt for each of them. Shapes: S
+tokens of the pack, K answer tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grao_lightning.batch import TokenIds, TokenRow
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One prompt and its branches in a pack.
+
+    Attributes:
+        start: Position of the prompt's first token.
+        prompt_length: Tokens of the prompt.
+        branch_lengths: Tokens of each branch; none is 0.
+    """
+
+    start: int
+    prompt_length: int
+    branch_lengths: tuple[int, ...]
+
+    @property
+    def branches_start(self) -> int:
+        """Return the position of the first branch's first token."""
+        return self.start + self.prompt_length
+
+    @property
+    def end(self) -> int:
+        """Return the position behind the last branch."""
+        return self.branches_start + sum(self.branch_lengths)
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Rows packed by prompt.
+
+    Attributes:
+        ids: [S] tokens.
+        positions: [S] position of each token in its own row.
+        segments: One a prompt.
+        sources: [K] position in the pack that predicts each answer token, row by row.
+        targets: [K] the answer tokens, row by row.
+        rows: [K] number of the row each answer token belongs to, in the order of the rows given.
+        lengths: [R] answer tokens of each row.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    segments: tuple[Segment, ...]
+    sources: Tensor
+    targets: Tensor
+    rows: Tensor
+    lengths: Tensor
+
+    def mask(self) -> Tensor:
+        """Return who sees whom, [S, S] bool, True = sees: the tree as a dense mask."""
+        mask = torch.zeros(len(self.ids), len(self.ids), dtype=torch.bool)
+        for segment in self.segments:
+            start, first = segment.start, segment.branches_start
+            mask[start : segment.end, start:first] = True
+            mask[start:first, start:first].tril_()
+            for length in segment.branch_lengths:
+                mask[first : first + length, first : first + length] = torch.ones(
+                    length, length, dtype=torch.bool
+                ).tril()
+                first += length
+        return mask
+
+
+def pack_rows(rows: Sequence[TokenRow]) -> Pack:
+    """Return the pack of rows, those with equal prompts behind one copy of it."""
+    by_prompt: dict[tuple[int, ...], list[int]] = {}
+    for number, row in enumerate(rows):
+        by_prompt.setdefault(tuple(row.prompt_ids), []).append(number)
+    ids: TokenIds = []
+    positions: list[int] = []
+    segments: list[Segment] = []
+    sources: list[list[int]] = [[] for _ in rows]
+    for prompt, numbers in by_prompt.items():
+        start, length = len(ids), len(prompt)
+        ids += prompt
+        positions += range(length)
+        for number in numbers:
+            branch = rows[number].answer_ids[:-1]
+            sources[number] = [start + length - 1, *range(len(ids), len(ids) + len(branch))]
+            ids += branch
+            positions += range(length, length + len(branch))
+        lengths = [len(rows[number].answer_ids) - 1 for number in numbers]
+        segments.append(Segment(start, length, tuple(n for n in lengths if n)))
+    row_lengths = torch.tensor([len(row.answer_ids) for row in rows])
+    return Pack(
+        ids=torch.tensor(ids),
+        positions=torch.tensor(positions),
+        segments=tuple(segments),
+        sources=torch.tensor([position for part in sources for position in part]),
+        targets=torch.tensor([token for row in rows for token in row.answer_ids]),
+        rows=torch.arange(len(rows)).repeat_interleave(row_lengths),
+        lengths=row_lengths,
+    )
+
+
+def split_into_packs(
+    rows: Sequence[TokenRow], numbers: Sequence[int], budget: int
+) -> list[list[int]]:
+    """Return row numbers in packs of at most ``budget`` tokens, rows of one prompt side by side.
+
+    A group larger than the budget is spread over several packs, each with its own copy of the
+    prompt; a row larger than the budget makes a pack of its own.
+
+    Args:
+        rows: All rows.
+        numbers: Those that are wanted.
+        budget: Most tokens of a pack.
+    """
+    by_prompt: dict[tuple[int, ...], list[int]] = {}
+    for number in numbers:
+        by_prompt.setdefault(tuple(rows[number].prompt_ids), []).append(number)
+    packs: list[list[int]] = []
+    free = 0
+    for prompt, members in by_prompt.items():
+        whole = len(prompt) + sum(len(rows[number].answer_ids) - 1 for number in members)
+        fresh = whole > free  # a prompt is not paid for twice where a new pack spares that
+        for number in members:
+            branch = len(rows[number].answer_ids) - 1
+            prompt_here = (
+                bool(packs) and not fresh and rows[packs[-1][-1]].prompt_ids == list(prompt)
+            )
+            needed = branch + (0 if prompt_here else len(prompt))
+            if fresh or not packs or needed > free:
+                packs.append([])
+                free = budget
+                needed = branch + len(prompt)
+            packs[-1].append(number)
+            free -= needed
+            fresh = False
+    return packs

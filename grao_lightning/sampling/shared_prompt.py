@@ -1,0 +1,223 @@
+"""Completions of groups in which every prompt is read once: the fast path of sampling.
+
+A prompt passes through the model once, its keys and values are kept once a prompt, and each
+decoding step reads them once a group. Rows that have ended leave the batch. Shapes: B prompts of at
+most P tokens, N rows in the decoding batch, Hq query heads, H key heads, D their size.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from grao_lightning.attention import flash, merge, under_autocast
+from grao_lightning.batch import TokenIds
+from grao_lightning.head import head_of
+
+#: (rows' numbers [N], position in the completion, logits [N, V]) -> tokens [N]
+Draw = Callable[[Tensor, int, Tensor], Tensor]
+#: (row number, its tokens so far) -> whether it has ended
+Ended = Callable[[int, TokenIds], bool]
+
+# Moving the survivors' caches together costs a copy, so it waits until it frees a quarter of them.
+_WORTH_MOVING = 0.75
+
+
+def decode_groups(
+    model: Any,
+    prompts: Sequence[TokenIds],
+    group_size: int,
+    max_new_tokens: int,
+    draw: Draw,
+    ended: Ended,
+) -> list[TokenIds]:
+    """Return G completions of every prompt, prompt-major.
+
+    Args:
+        model: In evaluation mode, with the attention implementation ``SHARED``, on CPU.
+        prompts: B prompts, none of them empty.
+        group_size: G.
+        max_new_tokens: Longest completion.
+        draw: Chooses tokens from logits.
+        ended: Tells whether a completion is over after its newest token.
+    """
+    completions: list[TokenIds] = [[] for _ in range(len(prompts) * group_size)]
+    groups = _Groups(prompts, group_size, max_new_tokens)
+    logits = _prefill(model, groups, prompts).repeat_interleave(group_size, dim=0)
+    for position in range(max_new_tokens):
+        tokens = draw(groups.rows, position, logits)
+        alive = []
+        for row, token in zip(groups.rows.tolist(), tokens.tolist(), strict=True):
+            # A row that has ended may still ride along until the next move.
+            if not groups.done[row]:
+                completions[row].append(token)
+                groups.done[row] = ended(row, completions[row])
+            alive.append(not groups.done[row])
+        if not any(alive) or position == max_new_tokens - 1:
+            break
+        if sum(alive) <= _WORTH_MOVING * len(alive):
+            kept = torch.tensor(alive).nonzero()[:, 0]
+            groups.keep(kept)
+            tokens = tokens[kept]
+        logits = _decode(model, groups, tokens, position)
+    return completions
+
+
+class _Groups(Cache):
+    """Keys and values of the prompts, once each, and of the completions, preallocated.
+
+    As a cache it stores what a layer gives it; as a layout it attends (see `attention.Layout`).
+    """
+
+    is_compileable = False
+
+    def __init__(self, prompts: Sequence[TokenIds], group_size: int, max_new_tokens: int) -> None:
+        super().__init__(layers=[])
+        self.lengths = torch.tensor([len(prompt) for prompt in prompts])  # [B]
+        self._width = int(self.lengths.max())
+        self.rows = torch.arange(len(prompts) * group_size)  # [N] numbers of the rows still here
+        self.done = [False] * len(self.rows)
+        self.owners = self.rows // group_size  # [N] prompt of each row, rising
+        self._max_new_tokens = max_new_tokens
+        self._of_prompts: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> [B, H, P, D]
+        self._of_rows: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> [N, H, max_new_tokens, D]
+        self._position: int | None = None  # None while the prompts are read
+        self._hide_padding: Tensor | None = None  # [B, 1, 1, P]
+        self._arrange()
+
+    def start_decoding(self, position: int) -> None:
+        """Expect the keys and values of every row's token at ``position``."""
+        self._position = position
+
+    def keep(self, kept: Tensor) -> None:
+        """Drop all rows but ``kept``, and prompts without rows."""
+        self.rows, owners = self.rows[kept], self.owners[kept]
+        prompts, self.owners = owners.unique(return_inverse=True)
+        self._of_rows = {layer: (k[kept], v[kept]) for layer, (k, v) in self._of_rows.items()}
+        if len(prompts) < len(self.lengths):
+            self.lengths = self.lengths[prompts]
+            self._of_prompts = {
+                layer: (k[prompts], v[prompts]) for layer, (k, v) in self._of_prompts.items()
+            }
+        self._arrange()
+
+    def row_positions(self, position: int) -> Tensor:
+        """Return where each row's token stands in its own text, [N, 1]."""
+        return (self.lengths[self.owners] + position)[:, None]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store a layer's keys and values; return those that its queries attend to, prompts apart.
+
+        Args:
+            key_states: [B, H, P, D] of the prompts, then [N, H, 1, D] of one token a row.
+            value_states: As ``key_states``.
+            layer_idx: Number of the layer.
+        """
+        key_states, value_states = under_autocast(key_states), under_autocast(value_states)
+        if self._position is None:
+            self._of_prompts[layer_idx] = (key_states.contiguous(), value_states.contiguous())
+            return key_states, value_states
+        if layer_idx not in self._of_rows:
+            n, heads, _one, depth = key_states.shape
+            room = key_states.new_empty(2, n, heads, self._max_new_tokens, depth)
+            self._of_rows[layer_idx] = (room[0], room[1])
+        keys, values = self._of_rows[layer_idx]
+        end = self._position + 1
+        keys[:, :, self._position : end] = key_states
+        values[:, :, self._position : end] = value_states
+        return keys[:, :, :end], values[:, :, :end]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Return [B, Hq, P, D] for prompts, [N, Hq, 1, D] for one token a row."""
+        heads, depth = key.shape[1], query.shape[3]
+        repeats = query.shape[1] // heads
+        if self._position is None:
+            repeated = (part.repeat_interleave(repeats, dim=1) for part in (key, value))
+            return flash(query, *repeated, causal=True, scale=scale)[0]
+        asked = query.view(-1, heads, repeats, depth)
+        own = flash(asked, key, value, causal=False, scale=scale)
+        # [B, H, G * repeats, D]: a group's queries side by side, on its prompt's keys.
+        of_groups = self._by_group(asked)
+        mask = None if self._hide_padding is None else self._hide_padding.to(query.dtype)
+        prompt_keys, prompt_values = self._of_prompts[layer]
+        shared = flash(of_groups, prompt_keys, prompt_values, causal=False, scale=scale, mask=mask)
+        output, _ = merge(
+            own, (self._by_row(shared[0]), self._by_row(shared[1][..., None])[..., 0])
+        )
+        return output.reshape(query.shape)
+
+    def get_seq_length(self, *_: Any, **__: Any) -> int:
+        """Return 0: positions are always given."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int, *_: Any, **__: Any) -> tuple[int, int]:
+        """Return sizes for a mask that nothing reads."""
+        return query_length, 0
+
+    def _arrange(self) -> None:
+        """Place rows in a grid [B, largest group]: groups are uneven once rows have left."""
+        sizes = torch.bincount(self.owners, minlength=len(self.lengths))
+        first = torch.cumsum(sizes, 0) - sizes
+        self._largest = int(sizes.max())
+        within = torch.arange(len(self.rows)) - first[self.owners]
+        self._place = self.owners * self._largest + within  # [N]
+        self._even = bool((sizes == self._largest).all())
+        self._hide_padding = None
+        if int(self.lengths.min()) < self._width:
+            padded = torch.arange(self._width)[None] >= self.lengths[:, None]
+            hidden = torch.zeros(padded.shape).masked_fill_(padded, -torch.inf)
+            self._hide_padding = hidden[:, None, None]
+
+    def _by_group(self, values: Tensor) -> Tensor:
+        """Return [B, H, largest group * repeats, D] from [N, H, repeats, D]."""
+        if not self._even:
+            room = values.new_zeros(len(self.lengths) * self._largest, *values.shape[1:])
+            values = room.index_copy_(0, self._place, values)
+        grid = values.reshape(len(self.lengths), self._largest, *values.shape[1:])
+        return grid.transpose(1, 2).flatten(2, 3)
+
+    def _by_row(self, values: Tensor) -> Tensor:
+        """Return [N, H, repeats, D] from [B, H, largest group * repeats, D]."""
+        groups, heads, both, depth = values.shape
+        grid = values.view(groups, heads, self._largest, both // self._largest, depth)
+        rows = grid.transpose(1, 2).flatten(0, 1)
+        return rows if self._even else rows[self._place]
+
+
+def _prefill(model: Any, groups: _Groups, prompts: Sequence[TokenIds]) -> Tensor:
+    """Read every prompt once and return the logits of the first token, [B, V]."""
+    width = int(groups.lengths.max())
+    ids = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts])
+    states = _states(model, groups, ids, torch.arange(width).expand(len(prompts), -1))
+    return _logits(model, states[torch.arange(len(prompts)), groups.lengths - 1])
+
+
+def _decode(model: Any, groups: _Groups, tokens: Tensor, position: int) -> Tensor:
+    """Return the logits after the rows' tokens at ``position`` of their completions, [N, V]."""
+    groups.start_decoding(position)
+    states = _states(model, groups, tokens[:, None], groups.row_positions(position))
+    return _logits(model, states[:, 0])
+
+
+def _states(model: Any, groups: _Groups, ids: Tensor, positions: Tensor) -> Tensor:
+    output = model.get_decoder()(
+        input_ids=ids,
+        position_ids=positions,
+        # Four dimensions: handed through as it is, and never read by the layout.
+        attention_mask=torch.ones(1, 1, 1, 1),
+        past_key_values=groups,
+        use_cache=True,
+        shared_prompts=groups,
+    )
+    states: Tensor = output.last_hidden_state
+    return states
+
+
+def _logits(model: Any, states: Tensor) -> Tensor:
+    head = head_of(model)
+    assert head is not None, "share_prompts refuses models whose head it cannot tell"
+    return head.logits(states)
