@@ -46,8 +46,8 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit_and_another_seed_other
 
 
 # AdamW divides a gradient by its own size: where that is rounding noise (embeddings of words that
-# did not occur), float32 weights wander by up to the learning rate. Float64 leaves only the norms of
-# Hugging Face models, which compute in float32 whatever they are given.
+# did not occur), float32 weights wander by up to the learning rate. Float64 leaves only the norms
+# of Hugging Face models, which compute in float32 whatever they are given.
 EXACT = {"precision": "64-true"}
 
 
