@@ -4,6 +4,7 @@ Every row owns its uniform numbers, one a token, made from (seed, stream, step, 
 completion does not change with the batch it is sampled in, the number of devices, or a resume.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Stream = Literal["train", "validation"]
+#: (numbers of the rows [N], position in the completion, logits [N, V]) -> tokens [N]
+Draw = Callable[[Tensor, int, Tensor], Tensor]
+#: (number of the row, its tokens so far) -> whether it has ended
+Ended = Callable[[int, list[int]], bool]
+
 _BLOCK = 256
 _STREAM_NUMBERS: dict[Stream, int] = {"train": 0, "validation": 1}
 

@@ -1,15 +1,13 @@
 """Completions through Hugging Face ``generate``: the plain path, right for every causal model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from grao_lightning.batch import TokenIds
-
-Draw = Callable[[Tensor, int, Tensor], Tensor]
-Ended = Callable[[int, TokenIds], bool]
+from grao_lightning.sampling.draw import Draw, Ended
 
 
 def generate_rows(

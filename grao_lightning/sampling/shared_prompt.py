@@ -5,7 +5,7 @@ decoding step reads them once a group. Rows that have ended leave the batch. Sha
 most P tokens, N rows in the decoding batch, Hq query heads, H key heads, D their size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,11 +15,7 @@ from transformers.cache_utils import Cache
 from grao_lightning.attention import flash, merge, under_autocast
 from grao_lightning.batch import TokenIds
 from grao_lightning.head import head_of
-
-#: (rows' numbers [N], position in the completion, logits [N, V]) -> tokens [N]
-Draw = Callable[[Tensor, int, Tensor], Tensor]
-#: (row number, its tokens so far) -> whether it has ended
-Ended = Callable[[int, TokenIds], bool]
+from grao_lightning.sampling.draw import Draw, Ended
 
 # Moving the survivors' caches together costs a copy, so it waits until it frees a quarter of them.
 _WORTH_MOVING = 0.75
