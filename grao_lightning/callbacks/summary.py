@@ -60,12 +60,14 @@ class RunSummary(Callback):
         return self._validated_step == trainer.global_step
 
     def _print(self, trainer: Trainer, pl_module: Any) -> None:
+        folder = _folder(trainer)
         if trainer.is_global_zero:
             print(summary_table(pl_module.estimates, pl_module.ties_as, pl_module.gain))
-            print(f"written: {_folder(trainer)}", flush=True)
+            print(f"written: {folder}", flush=True)
 
     def _write(self, trainer: Trainer, pl_module: Any) -> None:
         peak = _peak_memory()  # of this process; ranks differ little
+        path = _folder(trainer) / "summary.json"
         if not trainer.is_global_zero:
             return
         scorers = [c for c in trainer.callbacks if isinstance(c, GroupScoring)]  # type: ignore[attr-defined]
@@ -88,7 +90,6 @@ class RunSummary(Callback):
             "precision": trainer.precision,
             "config": self.config,
         }
-        path = _folder(trainer) / "summary.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".tmp")
         unfinished.write_text(json.dumps(summary, indent=2, default=str) + "\n")
@@ -126,6 +127,7 @@ def summary_table(estimates: dict[str, Estimate], ties_as: str, gain: str) -> st
 
 
 def _folder(trainer: Trainer) -> Path:
+    """Return the run's folder; all ranks must ask together, since Lightning broadcasts it."""
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 
