@@ -1,5 +1,7 @@
 """Log-probabilities against a naive computation, one row at a time and with full logits."""
 
+import math
+
 import pytest
 import torch
 
@@ -261,3 +263,45 @@ def test_padded_micro_batches_hold_every_row_once_and_keep_to_their_budget():
         size = max(len(rows[number]) for number in part) * len(part)
         assert size <= budget or len(part) == 1
     assert len(micro_batches) < len(wanted)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "Gemma2", "Granite"])
+def test_the_heads_of_known_families_are_understood(family, caplog):
+    token_logprobs(tiny_model(family), ragged_rows(2))
+    assert "unknown way" not in caplog.text
+
+
+def test_looking_at_the_head_leaves_the_mode_of_the_model():
+    for training in (True, False):
+        model = tiny_model("Llama").train(training)
+        token_logprobs(model, ragged_rows(2))
+        assert model.training is training
+
+
+def test_logprobs_of_a_half_precision_model_are_not_rounded_to_it():
+    flat = token_logprobs(tiny_model("Llama").bfloat16(), ragged_rows()).flat
+    assert flat.dtype == torch.float32
+    assert (flat != flat.bfloat16()).any()
+
+
+def test_the_heads_gradient_is_summed_up_in_float32(monkeypatch):
+    """In bfloat16 a sum of ones stays at 256."""
+    monkeypatch.setattr("grao_lightning.head.CHUNK_TOKENS", 1)
+    states = torch.ones(400, 1, dtype=torch.bfloat16)
+    weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    targets, twice = torch.zeros(400, dtype=torch.long), torch.full((400,), 2.0)
+    loss, *_ = head_loss(states, Head(weight), targets, 1.0, lambda part, _: twice[part])
+    loss.backward()
+    assert weight.grad[:, 0].tolist() == [-400.0, 400.0]  # 2 (p - 1) and 2 p with p = 1/2
+
+
+def test_small_gradients_are_not_lost_under_float16_autocast():
+    """Below 6e-8 float16 has nothing; a gradient scaler comes after the gradient is formed."""
+    states = torch.ones(1, 1, requires_grad=True)
+    weight, small = torch.tensor([[1.0], [-1.0]]), torch.tensor([1e-9])
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss, *_ = head_loss(states, Head(weight), torch.tensor([0]), 1.0, lambda *_: small)
+    loss.backward()
+    # d(-w log p_0) / ds = w (p_0 - 1) * 1 + w p_1 * (-1) = -2 w p_1, p_1 = sigmoid(-2)
+    expected = -2e-9 / (1 + math.exp(2))
+    assert states.grad.item() == pytest.approx(expected, rel=1e-4, abs=0)

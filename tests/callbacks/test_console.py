@@ -1,6 +1,7 @@
 """What a user reads while a run goes on."""
 
 import html
+import sys
 
 import torch
 
@@ -75,3 +76,18 @@ def test_the_text_panel_shows_every_text_as_one_cell():
     assert rows[2] == "| completion 1 | 1.000 | -1.00 | line one<br>line two |"
     assert all(row.count("|") == 5 for row in rows)
     assert html.escape(texts[2]) in rows[4]
+
+
+def test_under_a_terminal_a_bar_counts_the_steps_and_in_a_file_there_is_none(
+    tmp_path, capsys, monkeypatch
+):
+    def output() -> str:
+        fit(tmp_path, callbacks=[*stages(), StepProgressBar()], enable_progress_bar=True)
+        return "".join(capsys.readouterr())
+
+    assert "Training:" not in output()
+    for stream in (sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+    shown = output()
+    assert "Training:" in shown and "| 3/3 [" in shown
+    assert "Epoch" not in shown

@@ -111,3 +111,52 @@ def test_the_order_of_prompts_and_of_completions_moves_rewards_along():
     assert torch.equal(batch.advantages, swapped.advantages.flip(0))
     turned = scored([group[::-1] for group in texts], answers)
     assert torch.equal(batch.advantages[:, :-1], turned.advantages[:, :-1].flip(1))
+
+
+def recorded(prompts, completions, reference_answers, truncated, extra):
+    SEEN.update(
+        prompts=prompts,
+        completions=completions,
+        reference_answers=reference_answers,
+        truncated=truncated,
+        extra=extra,
+    )
+    return [0.0] * len(completions)
+
+
+SEEN: dict[str, list] = {}
+
+
+def test_functions_see_completions_in_order_and_then_the_reference_answers_each_with_its_own():
+    batch = PromptBatch(
+        indices=[0, 1],
+        prompt_ids=[[1]] * 2,
+        prompts=["p", "q"],
+        reference_answer_ids=[[2]] * 2,
+        reference_answers=["y", "z"],
+        columns=[{"extra": 1}, {"extra": 2}],
+        completions=Completions([[2]] * 4, ["a", "b", "c", "d"], [True, False, False, False], 2),
+    )
+    GroupScoring([RewardSpec(f"{HERE}.recorded")])._score(batch, batch.completions)
+    assert SEEN == {
+        "prompts": ["p", "p", "q", "q", "p", "q"],
+        "completions": ["a", "b", "c", "d", "y", "z"],
+        "reference_answers": ["y", "y", "z", "z", "y", "z"],
+        "truncated": [True, False, False, False, False, False],
+        "extra": [1, 1, 2, 2, 1, 2],
+    }
+
+
+@pytest.mark.parametrize("statistics", ["inside", "outside", "split"])
+def test_the_choice_of_statistics_reaches_the_advantages(statistics):
+    texts = [["a", "a b c d e f", "a b c"]]
+    advantages = scored(texts, ["a b"], statistics=statistics).advantages
+    rewards = torch.tensor([[1.0, 6.0, 3.0, 2.0]])
+    torch.testing.assert_close(advantages, group_advantages(rewards, statistics=statistics))
+
+
+def test_only_a_step_without_any_signal_is_warned_of(recwarn):
+    scored(TEXTS, ANSWERS)  # one group of two is dead
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="no group carries a signal"):
+        scored(TEXTS[1:], ANSWERS[1:])

@@ -159,3 +159,40 @@ def test_the_table_shows_percentages_intervals_and_the_meaning_of_ties():
     assert cells["NAG %"] == ["-5.0", "[-10.0,", "+0.0]"]
     assert cells["reward"] == ["0.960", "[0.950,", "0.970]", "0.704"]
     assert any("ties count as half" in line and "wins minus losses" in line for line in table)
+
+
+def test_a_second_validation_forgets_the_first(tmp_path):
+    """An untrained policy: the same outcomes, and intervals that do not narrow."""
+
+    def estimates(max_steps: int):
+        module = GRAOModule(policy="embedded:keywords", learning_rate=0.0, weight_decay=0.0)
+        fit(tmp_path, module=module, data=DATA, **{**VALIDATED, "max_steps": max_steps})
+        return module.estimates
+
+    assert estimates(4) == estimates(2)
+
+
+def test_sampled_tokens_add_up_over_the_training_steps_alone(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished[1])).Reload()
+    means = [event.value for event in events.Scalars("train/completions/mean_length")]
+    total = [event.value for event in events.Scalars("train/num_tokens")]
+    per_step = [8 * 4 * mean for mean in means]  # 8 prompts, 4 completions
+    assert total == pytest.approx([sum(per_step[: step + 1]) for step in range(4)], abs=0.1)
+    lengths = [
+        [event.value for event in events.Scalars(f"train/completions/{name}_length")]
+        for name in ("min", "mean", "max")
+    ]
+    assert all(1 <= low <= mean <= high <= 12 for low, mean, high in zip(*lengths, strict=True))
+
+
+def test_the_table_puts_base_and_reference_answer_under_their_headings():
+    estimates = {
+        "length": Estimate(6.0, 5.0, 7.0),
+        "base_length": Estimate(4.0, 3.0, 5.0),
+        "reference_answer_length": Estimate(5.0, 4.5, 5.5),
+    }
+    _, header, _, line, *_ = summary_table(estimates, ties_as="loss", gain="wins").splitlines()
+    assert header.split()[-3:] == ["base", "reference", "answer"]
+    assert line.split()[-2:] == ["4.0", "5.0"]

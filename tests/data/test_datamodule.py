@@ -1,5 +1,7 @@
 """Batches: which prompts, in which order, with which tokens."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from grao_lightning import PromptDataModule
@@ -96,3 +98,72 @@ def test_a_source_without_usable_rows_tells_why(tmp_path):
     module = PromptDataModule(train=str(path))
     with pytest.raises(UserError, match=r"no usable row in .*rows.jsonl.*kept 0"):
         module.read("train")
+
+
+def test_settings_of_files_reach_the_rows(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"question": "apple", "answer": "river"}\n')
+    (tmp_path / "dev.jsonl").write_text('{"question": "kettle", "answer": "yarn"}\n')
+    module = PromptDataModule(
+        train=str(tmp_path / "train.jsonl"),
+        validation=str(tmp_path / "dev.jsonl"),
+        rename={"question": "prompt", "answer": "completion"},
+        prompts_per_step=1,
+    )
+    module.setup("fit")
+    assert [example.prompt for example in module.examples["train"]] == ["apple"]
+    batch = next(iter(module.val_dataloader()))
+    assert (batch.prompts, batch.reference_answers) == (["kettle"], ["yarn"])
+
+
+def test_each_split_is_read_under_its_own_name_with_the_sources_other_settings(monkeypatch):
+    asked = []
+
+    def load_rows(source, **options):
+        asked.append((source, options))
+        return [{"prompt": "apple", "completion": "river"}]
+
+    monkeypatch.setattr("grao_lightning.data.sources.load_rows", load_rows)
+    options = {"subset": "harmless", "data_dir": "base"}
+    module = PromptDataModule(
+        train="me/data", train_split="most", validation_split="rest", **options
+    )
+    module.read("train"), module.read("validation")
+    assert asked == [
+        ("me/data", {"split": "most", **options}),
+        ("me/data", {"split": "rest", **options}),
+    ]
+
+
+def test_length_limit_and_chat_template_reach_the_encoder(data):
+    whole = next(iter(data.val_dataloader()))
+    template = "{% for turn in messages %}{{ turn['content'] }} <sep> <eos>{% endfor %}"
+    module = PromptDataModule(max_prompt_tokens=4, chat_template=template)
+    module.setup("validate")
+    batch = next(iter(module.val_dataloader()))
+    tokenizer = module.encoder._tokenizer
+    for ids, before in zip(batch.prompt_ids[:8], whole.prompt_ids, strict=True):
+        last_words = " ".join(tokenizer.decode(before).split()[-3:-1])
+        assert tokenizer.decode(ids) == f"{last_words} <sep> <eos>"
+
+
+def test_ranks_validate_each_row_once(data):
+    def rows(rank: int) -> list[int]:
+        data.trainer = SimpleNamespace(global_rank=rank, world_size=3)
+        try:
+            return [index for batch in data.val_dataloader() for index in batch.indices]
+        finally:
+            data.trainer = None
+
+    shares = [rows(rank) for rank in range(3)]
+    assert sorted(row for share in shares for row in share) == list(range(20))
+    assert sorted(map(len, shares)) == [6, 7, 7]
+
+
+def test_training_batches_are_those_of_seed_step_and_rank(data, monkeypatch):
+    monkeypatch.setenv("PL_GLOBAL_SEED", "5")
+    data.trainer = SimpleNamespace(global_step=3, global_rank=1, world_size=2)
+    try:
+        _, batch = next(enumerate(data.train_dataloader()))
+    finally:
+        data.trainer = None
+    assert batch.indices == StepBatchSampler(4096, 8, seed=5).batch(3)[1::2]

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,9 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from grao_lightning import GRAOModule, SFTModule
+from grao_lightning.embedded.keywords import keyword_score
+from grao_lightning.objectives.grao import GRAOWeights, grao_coefficients
+from grao_lightning.objectives.sft import sft_coefficients
 from tests.runs import fit, largest_difference, stages, weights
 
 
@@ -75,21 +80,40 @@ def test_shared_prompts_give_the_same_steps_as_padded_rows(tmp_path):
     assert largest_difference(shared, padded) < 1e-6
 
 
-def test_two_processes_equal_one_with_different_completion_lengths_on_the_ranks(tmp_path):
-    alone, norms = run(tmp_path, **EXACT)
+def two_ranks(folder: Path, data: dict, stage_options: dict) -> dict:
     script = Path(__file__).with_name("two_ranks.py")
     result = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)],
+        [sys.executable, script, folder, json.dumps(data), json.dumps(stage_options)],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=120,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     )
     assert result.returncode == 0, result.stderr[-2000:]
-    found = json.loads((tmp_path / "norms.json").read_text())
+    return json.loads((folder / "norms.json").read_text())
+
+
+def test_two_processes_equal_one_with_different_completion_lengths_on_the_ranks(tmp_path):
+    alone, norms = run(tmp_path, **EXACT)
+    found = two_ranks(tmp_path, {}, {})
     assert found["longest_of_ranks"][0] != found["longest_of_ranks"][1], "lengths must differ"
     assert found["norms"] == pytest.approx(norms, abs=1e-6)
     assert largest_difference(alone, torch.load(tmp_path / "weights.pt")) < 1e-6
+
+
+def test_two_processes_log_and_learn_the_same_as_one_also_where_a_rank_has_no_signal(tmp_path):
+    data = {"prompts_per_step": 2}  # one a rank: some groups have only ties
+    options = {"scoring": {"tie_tolerance": 0.35}, "clipping": {"drift_target": 1e-5}}
+    module = fit(tmp_path, data=data, callbacks=stages(**options), **EXACT)
+    found = two_ranks(tmp_path, data, options)
+    assert any(one != other for one, other in found["signals"]), "a rank must be without signal"
+    assert largest_difference(weights(module), torch.load(tmp_path / "weights.pt")) < 1e-6
+    assert module.step_values["kl"] > 1e-5, "the drift must have lowered the cap"
+    alone, together = (
+        {name: value for name, value in values.items() if not re.search("perf|time|share", name)}
+        for values in (module.step_values, found["values"])
+    )
+    assert together == pytest.approx(alone, abs=1e-6)
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
@@ -134,6 +158,7 @@ def test_the_reference_model_never_changes_and_the_policy_does(tmp_path):
     fit(tmp_path, module=module)
     frozen = module.reference_model.state_dict()
     assert largest_difference(before, frozen) == 0.0
+    assert not any(p.requires_grad for p in module.reference_model.parameters())
     assert largest_difference(before, weights(module)) > 1e-4
 
 
@@ -222,3 +247,218 @@ def test_sft_takes_the_gradient_of_the_mean_cross_entropy_of_all_answer_tokens(t
         torch.testing.assert_close(
             grabbed["gradients"][name], parameter.grad, atol=1e-6, rtol=1e-4, msg=name
         )
+
+
+class FirstStep(Callback):
+    """Keeps batch, weights before, gradients after and values of the first step."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        self.before = weights(pl_module)
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        named = pl_module.policy.named_parameters()
+        self.gradients = {name: p.grad.clone() for name, p in named}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.batch, self.values = batch, pl_module.step_values
+
+
+WEIGHTS = {"exploration_weight": 0.9, "imitation_weight": 0.4, "regularizer_weight": 0.7}
+LOW, HIGH, TEMPERATURE = 0.5, 2.0, 0.8
+
+
+def written_out(module, batch, *, gate: bool, masked: bool) -> dict[str, torch.Tensor]:
+    """Equation 3 one member at a time with full logits; ``objective`` has the gradient."""
+
+    def logprobs(model, prompt_ids, answer_ids):
+        ids = torch.tensor([prompt_ids + answer_ids])
+        scores = (model(ids).logits[0, :-1] / TEMPERATURE).log_softmax(-1)
+        return scores.gather(1, ids[0, 1:, None])[len(prompt_ids) - 1 :, 0]
+
+    def mean(prompt_ids, answer_ids, coefficient):
+        """l(x), without the tokens that ``coefficient`` pushes further out."""
+        own = logprobs(module.policy, prompt_ids, answer_ids)
+        ratio = (own - logprobs(module.reference_model, prompt_ids, answer_ids)).detach().exp()
+        out = ((ratio < LOW) & (coefficient < 0)) | ((ratio > HIGH) & (coefficient > 0))
+        dropped.append(out.double())
+        return (own * ~out if masked else own).sum() / len(own)
+
+    dropped: list[torch.Tensor] = []
+    terms = {"exploration": 0.0, "imitation": 0.0, "regularizer": 0.0}
+    size, group = len(batch), batch.completions.group_size
+    explore, imitate, regularize = WEIGHTS.values()
+    for number in range(size):
+        part = slice(number * group, (number + 1) * group)
+        texts = [*batch.completions.texts[part], batch.reference_answers[number]]
+        flags = [*batch.completions.truncated[part], False]
+        wanted = [batch.columns[number]["keywords"]] * len(texts)
+        rewards = torch.tensor(keyword_score(texts, flags, wanted), dtype=torch.double)
+        ahead = rewards - rewards[-1]
+        outcomes = torch.where(ahead.abs() <= 0.02, 0.0, ahead.sign())
+        spread = outcomes.std(correction=0)
+        advantages = (outcomes - outcomes.mean()) / (spread if spread > 0 else 1.0)
+        of_answer, pull = advantages[-1], -advantages[:-1].mean()
+        if gate:
+            of_answer, pull = of_answer.clamp(min=0), pull.clamp(min=0)
+        prompt, answer_ids = batch.prompt_ids[number], batch.reference_answer_ids[number]
+        answer = mean(prompt, answer_ids, imitate * of_answer + regularize * pull)
+        terms["imitation"] += imitate * of_answer * answer / size
+        terms["regularizer"] += regularize * pull * answer / size
+        for advantage, ids in zip(advantages[:-1], batch.completions.ids[part], strict=True):
+            pushed = advantage * mean(prompt, ids, advantage) / group / size
+            terms["exploration"] += explore * pushed
+            terms["regularizer"] += regularize * pushed
+    return {**terms, "objective": sum(terms.values()), "dropped": torch.cat(dropped)}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("gate", [True, False])
+def test_grao_takes_the_gradient_of_equation_3_written_out_token_by_token(tmp_path, gate, masked):
+    first = FirstStep()
+    clipping = {"max_norm": 1e9, "outward_mask": masked, "eps_low": 1 - LOW, "eps_high": HIGH - 1}
+    module = grao(
+        **WEIGHTS,
+        gate=gate,
+        reference_model="embedded:keywords",
+        logprob_temperature=TEMPERATURE,
+        micro_batch_tokens=40 if gate else 8192,  # many small forward passes, or one large
+    )
+    fit(
+        tmp_path, module=module, callbacks=[*stages(clipping=clipping), first], max_steps=1, **EXACT
+    )
+    module.policy.load_state_dict(first.before)
+    module.policy.zero_grad()
+    expected = written_out(module, first.batch, gate=gate, masked=masked)
+    (-expected["objective"]).backward()
+    for name, parameter in module.policy.named_parameters():
+        torch.testing.assert_close(
+            first.gradients[name],
+            parameter.grad,
+            atol=1e-7,  # advantages are float32
+            rtol=1e-5,
+            msg=f"{name}: {(first.gradients[name] - parameter.grad).abs().max()}",
+        )
+    if masked:
+        assert 0.05 < expected["dropped"].mean() < 0.95, "some tokens must be dropped, some kept"
+    else:
+        for name in ("exploration", "imitation", "regularizer"):
+            value = expected[name].item()
+            assert first.values[f"objective/{name}"] == pytest.approx(value, rel=1e-5)
+        assert first.values["loss"] == pytest.approx(-expected["objective"].item(), rel=1e-5)
+
+
+def test_logged_figures_of_completions_and_reference_answers_are_each_their_own(tmp_path):
+    first = FirstStep()
+    module = grao()
+    fit(tmp_path, module=module, callbacks=[*stages(), first], max_steps=1, **EXACT)
+    module.policy.load_state_dict(first.before)
+    means, entropies = [], []
+    for row in first.batch.group_rows():
+        ids = torch.tensor([row.prompt_ids + row.answer_ids])
+        scores = module.policy(ids).logits[0, len(row.prompt_ids) - 1 : -1].log_softmax(-1)
+        means.append(scores.gather(1, torch.tensor(row.answer_ids)[:, None]).mean().item())
+        entropies.append(-(scores.exp() * scores).sum(-1))
+    values, number = first.values, len(first.batch.completions.ids)
+    assert values["completions/mean_logprob"] == pytest.approx(
+        sum(means[:number]) / number, rel=1e-6
+    )
+    assert values["reference_answer/mean_logprob"] == pytest.approx(
+        sum(means[number:]) / len(first.batch), rel=1e-6
+    )
+    assert values["entropy"] == pytest.approx(torch.cat(entropies[:number]).mean().item(), rel=1e-6)
+    sizes = grao_coefficients(first.batch.advantages, GRAOWeights()).abs()
+    share = sizes[:, -1].sum() / sizes.sum()
+    assert values["reference_answer/grad_share"] == pytest.approx(share.item(), rel=1e-6)
+
+
+def test_a_resumed_run_keeps_the_untrained_reference_model_and_goes_on_counting(tmp_path):
+    whole = fit(tmp_path, module=grao(), max_steps=6)
+    saver = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=3, filename="three")
+    fit(tmp_path, module=grao(), callbacks=[*stages(), saver], enable_checkpointing=True)
+    resumed = fit(
+        tmp_path, module=grao(), max_steps=6, ckpt_path=str(tmp_path / "saved/three.ckpt")
+    )
+    frozen = resumed.reference_model.state_dict()
+    assert largest_difference(whole.reference_model.state_dict(), frozen) == 0.0
+    assert resumed.num_sampled_tokens == whole.num_sampled_tokens
+
+
+def test_the_optimisers_settings_reach_it(tmp_path):
+    class Optimiser(Callback):
+        def on_train_start(self, trainer, pl_module) -> None:
+            self.settings = trainer.optimizers[0].defaults
+
+    callback = Optimiser()
+    options = {"learning_rate": 2e-4, "weight_decay": 0.3, "betas": (0.5, 0.6)}
+    module = GRAOModule(policy="embedded:keywords-random", **options)
+    fit(tmp_path, module=module, callbacks=[*stages(), callback], max_steps=1)
+    found = {name: callback.settings[name] for name in ("lr", "weight_decay", "betas")}
+    assert found == {"lr": 2e-4, "weight_decay": 0.3, "betas": (0.5, 0.6)}
+
+
+def test_gradient_checkpointing_reaches_the_policy_and_leaves_the_weights(tmp_path):
+    module = grao(gradient_checkpointing=True)
+    checkpointed, _ = run(tmp_path, module, **EXACT)
+    assert module.policy.is_gradient_checkpointing
+    plain, _ = run(tmp_path, grao(), **EXACT)
+    assert largest_difference(plain, checkpointed) < 1e-6
+
+
+def test_policy_and_reference_model_take_the_attention_asked_for(tmp_path):
+    options = {"attn_implementation": "eager", "share_prompts": False}
+    module = grao(reference_model="embedded:keywords", **options)
+    fit(tmp_path, module=module, max_steps=0)
+    for model in (module.policy, module.reference_model):
+        assert model.config._attn_implementation == "eager"
+
+
+def test_dropout_acts_on_the_policy_in_training_and_never_on_the_reference_model(tmp_path):
+    modes = []
+
+    class Modes(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_) -> None:
+            modes.append((pl_module.policy.training, pl_module.reference_model.training))
+
+    # Validation switches the whole module to evaluation and back.
+    module = fit(
+        tmp_path, callbacks=[*stages(), Modes()], limit_val_batches=1, val_check_interval=1
+    )
+    assert modes == [(True, False)] * 3
+    module.train()
+    assert not any(part.training for part in module.reference_model.modules())
+
+
+def test_ranks_exchange_gradients_once_a_step_with_the_last_micro_batch(tmp_path):
+    class Exchange(Callback):
+        blocked, now = [], False
+
+        def on_fit_start(self, trainer, pl_module) -> None:
+            @contextmanager
+            def block():
+                self.now = True
+                yield
+                self.now = False
+
+            trainer.strategy.block_backward_sync = block
+
+        def on_before_backward(self, trainer, pl_module, loss) -> None:
+            self.blocked.append(self.now)
+
+    callback = Exchange()
+    module = grao(micro_batch_tokens=100)
+    fit(tmp_path, module=module, callbacks=[*stages(), callback], max_steps=1)
+    assert len(callback.blocked) > 2
+    assert callback.blocked == [True] * (len(callback.blocked) - 1) + [False]
+
+
+def test_sft_neither_samples_nor_scores_in_training(tmp_path):
+    module = SFTModule(policy="embedded:keywords-weak")
+    fit(tmp_path, module=module)
+    assert module.num_sampled_tokens == 0
+    assert "reward" not in module.step_values and "kl" not in module.step_values
+
+
+@pytest.mark.parametrize(("aggregation", "of_short"), [("tokens", 2 / 8), ("answers", 1 / 2)])
+def test_sft_weighs_tokens_or_answers_alike(aggregation, of_short):
+    weights = sft_coefficients(torch.tensor([2, 6]), aggregation)
+    assert (weights / weights.sum()).tolist() == pytest.approx([of_short, 1 - of_short])

@@ -1,4 +1,7 @@
-"""Three steps of the embedded task on two CPU processes; started by test_training."""
+"""Three steps of the embedded task on two CPU processes; started by test_training.
+
+Arguments: the folder for the results, and JSON of `tests.runs.fit` data and of stage options.
+"""
 
 import json
 import sys
@@ -11,29 +14,42 @@ from tests.runs import fit, stages, weights
 
 
 class Record(Callback):
-    """Keeps the gradient norms, and the longest completion of each rank in the first step."""
+    """Keeps the gradient norms, and of each rank sampled tokens and whether it has a signal."""
 
     def __init__(self) -> None:
         self.norms: list[float] = []
         self.longest: list[float] = []
+        self.signals: list[list[bool]] = []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         self.norms.append(pl_module.step_values["grad_norm"])
         total = sum(len(ids) for ids in batch.completions.ids)
         self.longest += pl_module.all_gather(torch.tensor(float(total))).tolist()
+        signal = torch.tensor(batch.advantages.any().item())
+        self.signals.append(pl_module.all_gather(signal).tolist())
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, data: dict, options: dict) -> None:
     torch.set_num_threads(1)
     record = Record()
     module = fit(
-        folder, callbacks=[*stages(), record], devices=2, strategy="ddp", precision="64-true"
+        folder,
+        data=data,
+        callbacks=[*stages(**options), record],
+        devices=2,
+        strategy="ddp",
+        precision="64-true",
     )
     if module.global_rank == 0:
         torch.save(weights(module), folder / "weights.pt")
-        found = {"norms": record.norms, "longest_of_ranks": record.longest[:2]}
+        found = {
+            "norms": record.norms,
+            "longest_of_ranks": record.longest[:2],
+            "signals": record.signals,
+            "values": module.step_values,
+        }
         (folder / "norms.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *map(json.loads, sys.argv[2:]))

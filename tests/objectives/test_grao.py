@@ -55,7 +55,7 @@ def test_objective_equals_the_sum_of_equation_3_term_by_term(statistics, weights
     torch.testing.assert_close(total.item(), expected, **CLOSE)
 
 
-@pytest.mark.parametrize("weights", [LITERAL, GATED])
+@pytest.mark.parametrize("weights", [LITERAL, GATED, GRAOWeights(0.7, 0.2, 1.3, gate=True)])
 @pytest.mark.parametrize("statistics", ["inside", "outside", "split"])
 def test_coefficients_are_the_gradient_of_the_objective(statistics, weights):
     mean_logprobs, advantages = groups(statistics)
@@ -146,3 +146,12 @@ def test_order_inside_a_group_and_order_of_prompts_leave_the_objective_unchanged
         mean_logprobs[prompts][:, order], advantages[prompts][:, order], GATED
     ).total
     torch.testing.assert_close(total, shuffled, **CLOSE)
+
+
+def test_shares_are_of_magnitudes_so_that_prompts_of_opposite_sign_do_not_cancel():
+    terms = GRAOTerms(
+        exploration=torch.tensor([3.0, -3.0], dtype=torch.double),
+        imitation=torch.tensor([1.0, 1.0], dtype=torch.double),
+        regularizer=torch.tensor([0.0, 0.0], dtype=torch.double),
+    )
+    assert [share.item() for share in GRAOTerms.shares(terms).values()] == [0.75, 0.25, 0.0]

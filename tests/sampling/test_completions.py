@@ -106,3 +106,15 @@ def test_gradient_checkpointing_does_not_change_completions(model):
     checkpointed = tiny_model("Llama", vocab_size=36).train()
     checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
     assert completions(checkpointed).ids == expected
+
+
+def test_the_first_of_several_stop_strings_ends_the_text(model):
+    words = completions(model, eos_ids=()).texts[0].split()
+    stops = (f"{words[4]} {words[5]}", f"{words[2]} {words[3]}")
+    stopped = completions(model, eos_ids=(), stop_strings=stops)
+    assert stopped.texts[0].strip() == " ".join(words[:2])
+    # A stop string that reaches back into one that ended with the same token.
+    nested = (words[3], f"{words[2]} {words[3]}")
+    assert completions(model, eos_ids=(), stop_strings=nested).texts[0].strip() == " ".join(
+        words[:2]
+    )

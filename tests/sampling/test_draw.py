@@ -30,7 +30,9 @@ def test_tokens_follow_the_softmax_of_logits_over_temperature(temperature):
 
 
 def test_temperature_zero_takes_the_likeliest_token():
-    assert counts(settings(temperature=0.0)).tolist() == [20_000, 0, 0, 0, 0, 0]
+    logits = torch.tensor([[0.0, 3.0, 1.0], [-torch.inf, -5.0, -4.0]])
+    uniforms = torch.tensor([0.999, 0.0], dtype=torch.double)
+    assert draw_tokens(logits, uniforms, settings(temperature=0.0)).tolist() == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -64,3 +66,22 @@ def test_uniforms_are_a_function_of_their_key_alone():
     for name, other in [("seed", 9), ("stream", "validation"), ("step", 9), ("index", 9)]:
         assert not torch.equal(row_uniforms(**key), row_uniforms(**{**key, name: other})), name
     assert len(row_uniforms(**key).unique()) == 20, "rows and tokens must not share numbers"
+
+
+def test_half_precision_logits_are_drawn_from_in_full_precision():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(500, 300, generator=generator).bfloat16()
+    uniforms = torch.rand(500, generator=generator, dtype=torch.double)
+    drawn = draw_tokens(logits, uniforms, settings(temperature=0.7))
+    assert torch.equal(drawn, draw_tokens(logits.double(), uniforms, settings(temperature=0.7)))
+
+
+def test_a_vocabulary_of_several_blocks_is_drawn_from_as_by_one_cumulative_sum():
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(5000, 600, generator=generator)  # two whole blocks and a part
+    logits[:1000, :256] = -torch.inf
+    logits[1000:2000, 256:] = -torch.inf
+    uniforms = torch.rand(5000, generator=generator, dtype=torch.double)
+    cumulative = logits.softmax(dim=-1).double().cumsum(dim=-1)
+    expected = (cumulative <= uniforms[:, None] * cumulative[:, -1:]).sum(dim=-1)
+    assert torch.equal(draw_tokens(logits, uniforms, settings()), expected)

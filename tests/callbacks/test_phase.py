@@ -1,0 +1,19 @@
+"""How a stage before the step is run."""
+
+import torch
+
+from grao_lightning.batch import PromptBatch
+from grao_lightning.callbacks.phase import phase
+from tests.runs import trainer
+
+
+def test_a_stage_runs_in_the_steps_precision_without_gradients_and_its_times_add_up(tmp_path):
+    batch = PromptBatch([], [], [], [], [], [])
+    weight = torch.ones(2, 2, requires_grad=True)
+    for precision, dtype in [("bf16-mixed", torch.bfloat16), ("32-true", torch.float32)]:
+        before = batch.seconds.get("sample", 0.0)
+        with phase(trainer(tmp_path, precision=precision), batch, "sample"):
+            product = weight @ weight
+        assert product.dtype == dtype and not product.requires_grad
+        assert batch.seconds["sample"] > before
+    assert (weight @ weight).requires_grad
