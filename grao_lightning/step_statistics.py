@@ -27,13 +27,17 @@ class StepStatistics:
         total, count = self._sums.get(name, (0.0, 0.0))
         self._sums[name] = (total + present.sum().item(), count + len(present))
 
+    def share(self, name: str, part: Tensor, whole: Tensor) -> None:
+        """Note a part and its whole: their ratio is taken once all ranks are added up."""
+        self._sums[name] = (part.sum().item(), whole.sum().item())
+
     def extremes(self, name: str, values: Tensor) -> None:
         """Note values whose minimum and maximum are wanted, under ``name`` with {} replaced."""
         self._highest[name.format("max")] = values.max().item()
         self._highest[name.format("min")] = -values.min().item()
 
     def reduced(self, reduce: Reduce) -> dict[str, float]:
-        """Return every statistic over all ranks; a mean over nothing is NaN."""
+        """Return every statistic over all ranks; a mean over nothing, a share of 0, is NaN."""
         sums = reduce(torch.tensor(list(self._sums.values()), dtype=torch.double), "sum")
         means = {
             name: (total / count if count else float("nan"))

@@ -33,7 +33,7 @@ class StepProgressBar(TQDMProgressBar):
     @property
     def is_disabled(self) -> bool:
         """Return whether no bar is drawn: in a log file it would be noise."""
-        return super().is_disabled or not sys.stderr.isatty()
+        return super().is_disabled or not sys.stdout.isatty()
 
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
         """Count steps: there are no epochs, the prompts are endless."""

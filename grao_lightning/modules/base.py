@@ -130,7 +130,9 @@ class AlignmentModule(LightningModule):
             options["attn_implementation"] = self.attn_implementation
         self.tokenizer = load_tokenizer("model.policy", self.policy_source)
         self.policy = load_model("model.policy", self.policy_source, **options)
-        if self.share_prompts:
+        # An attention that was asked for stays: sharing prompts would replace it.
+        share = self.share_prompts and self.attn_implementation is None
+        if share:
             share_prompts(self.policy)
         if self.reference_model_source == "policy":
             self.reference_model = deepcopy(self.policy)
@@ -138,7 +140,7 @@ class AlignmentModule(LightningModule):
             self.reference_model = load_model(
                 "model.reference_model", self.reference_model_source, **options
             )
-            if self.share_prompts:
+            if share:
                 share_prompts(self.reference_model)
         if self.reference_model is not None:
             self.reference_model.requires_grad_(False).eval()

@@ -8,7 +8,6 @@ from torch import Tensor
 from grao_lightning.batch import PromptBatch
 from grao_lightning.modules.base import AlignmentModule, RowLogprobs
 from grao_lightning.objectives.grao import (
-    GRAOTerms,
     GRAOWeights,
     grao_coefficients,
     grao_terms_per_prompt,
@@ -67,12 +66,14 @@ class GRAOModule(AlignmentModule):
         note = batch.statistics.mean
         for name in ("exploration", "imitation", "regularizer", "total"):
             note(f"objective/{name}", getattr(terms, name))
-        for name, share in GRAOTerms.shares(terms).items():
-            note(f"objective/{name}_share", share)
+        term_sizes = terms.sizes()
+        for name, size in term_sizes.items():
+            whole = torch.stack(list(term_sizes.values()))
+            batch.statistics.share(f"objective/{name}_share", size, whole)
         note("loss", -terms.total)
         note("entropy", torch.cat(computed.entropies[:num_completions]))
         sizes = coefficients.abs()
-        note("reference_answer/grad_share", sizes[:, -1].sum() / sizes.sum().clamp(min=1e-12))
+        batch.statistics.share("reference_answer/grad_share", sizes[:, -1], sizes)
         note("reference_answer/advantage", batch.advantages[:, -1])
         note("reference_answer/mean_logprob", mean_logprobs[:, -1])
         note("completions/mean_logprob", mean_logprobs[:, :-1])

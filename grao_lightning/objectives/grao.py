@@ -48,15 +48,12 @@ class GRAOTerms:
     def total(self) -> Tensor:
         return self.exploration + self.imitation + self.regularizer
 
-    @staticmethod
-    def shares(per_prompt: "GRAOTerms") -> dict[str, Tensor]:
-        """Return each term's share of the summed magnitudes, 0 where all vanish."""
-        sizes = {
-            name: getattr(per_prompt, name).detach().abs().mean()
+    def sizes(self) -> dict[str, Tensor]:
+        """Return the summed magnitudes of each term over prompts; their ratios are its shares."""
+        return {
+            name: getattr(self, name).detach().abs().sum()
             for name in ("exploration", "imitation", "regularizer")
         }
-        whole = torch.stack(list(sizes.values())).sum()
-        return {name: size / whole.clamp(min=1e-12) for name, size in sizes.items()}
 
 
 def grao_terms_per_prompt(
