@@ -32,6 +32,15 @@ class RunSummary(Callback):
         self.config: dict[str, Any] = {}
         self._phase_seconds: dict[str, list[float]] = {}
         self._validated_step: int | None = None
+        self._folder = Path()
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Ask for the run's folder, once and on all ranks: Lightning broadcasts it.
+
+        Asked for by rank 0 alone it would hang; asked for as the last thing of a run, it leaves
+        gloo's thread with a tensor to free while Python shuts down, which aborts the process.
+        """
+        self._folder = Path(trainer.log_dir or trainer.default_root_dir)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         """Collect the wall time of each phase."""
@@ -60,14 +69,13 @@ class RunSummary(Callback):
         return self._validated_step == trainer.global_step
 
     def _print(self, trainer: Trainer, pl_module: Any) -> None:
-        folder = _folder(trainer)
         if trainer.is_global_zero:
             print(summary_table(pl_module.estimates, pl_module.ties_as, pl_module.gain))
-            print(f"written: {folder}", flush=True)
+            print(f"written: {self._folder}", flush=True)
 
     def _write(self, trainer: Trainer, pl_module: Any) -> None:
         peak = _peak_memory()  # of this process; ranks differ little
-        path = _folder(trainer) / "summary.json"
+        path = self._folder / "summary.json"
         if not trainer.is_global_zero:
             return
         scorers = [c for c in trainer.callbacks if isinstance(c, GroupScoring)]  # type: ignore[attr-defined]
@@ -124,11 +132,6 @@ def summary_table(estimates: dict[str, Estimate], ties_as: str, gain: str) -> st
         f"RAS: wins over the reference answer, ties count as {ties_as}. NAG: {meaning[gain]}."
     ]
     return "\n".join([*lines, ""])
-
-
-def _folder(trainer: Trainer) -> Path:
-    """Return the run's folder; all ranks must ask together, since Lightning broadcasts it."""
-    return Path(trainer.log_dir or trainer.default_root_dir)
 
 
 def _peak_memory() -> int:

@@ -116,6 +116,17 @@ def test_two_processes_log_and_learn_the_same_as_one_also_where_a_rank_has_no_si
     assert together == pytest.approx(alone, abs=1e-6)
 
 
+def test_validation_on_two_ranks_with_uneven_shards_equals_that_of_one(tmp_path):
+    data = {"validation_prompts": 9}
+    validated = {"limit_val_batches": 1.0, "val_check_interval": 3}
+    module = fit(tmp_path, data=data, **validated, **EXACT)
+    two_ranks(tmp_path, data, {})
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["world_size"] == 2
+    for name, estimate in module.estimates.items():
+        assert summary[name] == pytest.approx(estimate._asdict(), abs=1e-9), name
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     whole, _ = run(tmp_path, max_steps=6)
     saver = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=3, filename="three")

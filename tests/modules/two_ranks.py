@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback
 
+from grao_lightning.callbacks.summary import RunSummary
 from tests.runs import fit, stages, weights
 
 
@@ -35,7 +36,9 @@ def main(folder: Path, data: dict, options: dict) -> None:
     module = fit(
         folder,
         data=data,
-        callbacks=[*stages(**options), record],
+        callbacks=[*stages(**options), record, RunSummary()],
+        limit_val_batches=1.0,
+        val_check_interval=3,
         devices=2,
         strategy="ddp",
         precision="64-true",
