@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from grao_lightning.attention import TreeLayout
 from grao_lightning.batch import TokenRow
 from grao_lightning.head import Head, head_loss
 from grao_lightning.logprobs import split_padded, token_logprobs
@@ -251,6 +252,25 @@ def test_models_that_cannot_share_prompts_keep_their_attention_and_the_log_says_
     row = TokenRow([5, 6, 7], [8, 9])
     computed = token_logprobs(model, [row]).flat
     torch.testing.assert_close(computed, naive_logprobs(model, row).float(), atol=1e-5, rtol=0)
+
+
+def test_layers_that_do_not_attend_to_everything_share_no_prompts(caplog):
+    model = tiny_model("Llama")
+    model.config.layer_types = ["full_attention", "linear_attention"]
+    assert not share_prompts(model)
+    assert "layers of full_attention, linear_attention" in caplog.text
+
+
+def test_a_model_whose_pack_disagrees_with_its_rows_gets_its_own_attention_back(
+    monkeypatch, caplog
+):
+    model = tiny_model("Llama")
+    own = model.config._attn_implementation
+    layout = TreeLayout.attend
+    monkeypatch.setattr(TreeLayout, "attend", lambda *arguments: 1.1 * layout(*arguments))
+    assert not share_prompts(model)
+    assert model.config._attn_implementation == own
+    assert "differ from those of single rows" in caplog.text
 
 
 def test_padded_micro_batches_hold_every_row_once_and_keep_to_their_budget():
