@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
 from grao_lightning.batch import PromptBatch
@@ -31,7 +32,8 @@ class PromptDataModule(LightningDataModule):
     Args:
         train: Hub name, local file or files (JSONL, JSONL.gz, Parquet, CSV), or
             ``embedded:keywords``.
-        validation: As ``train``; by default the same source with ``validation_split``.
+        validation: As ``train``; by default the same source with ``validation_split``. Files have
+            no splits: name a held-out one, or the figures are those of training rows.
         tokenizer: Hub name, folder or file; linked to ``model.policy`` in the CLI.
         subset: Configuration of a hub data set.
         data_dir: Folder inside a hub data set, such as ``harmless-base`` of Anthropic/hh-rlhf.
@@ -102,6 +104,13 @@ class PromptDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Read the rows; the train split only where it is trained on or a reward learns from it."""
+        if self._sources["validation"] == self._sources["train"] and _is_files(
+            self._sources["train"]
+        ):
+            rank_zero_warn(
+                f"data.validation is data.train ({self._sources['train']}), and files have no "
+                "splits: RAS, NAG and reward will be those of training rows; name a held-out file"
+            )
         if self.encoder is None:
             setting = "data.tokenizer (in configs: model.policy)"
             tokenizer = load_tokenizer(setting, self._tokenizer_source)
@@ -238,3 +247,12 @@ def _source_fault(setting: str, source: str | list[str]) -> str | None:
         elif is_local(path) and not has_magic(path) and not Path(path).expanduser().exists():
             return f"{setting}: no such file: {path} (looked in {Path.cwd()})"
     return None
+
+
+def _is_files(source: str | list[str]) -> bool:
+    """Return whether a source is one or more local files, and not a folder or a hub name."""
+    from grao_lightning.data.sources import is_local
+
+    if isinstance(source, str):
+        return is_local(source) and not Path(source).expanduser().is_dir()
+    return True

@@ -1,5 +1,7 @@
 """Batches: which prompts, in which order, with which tokens."""
 
+import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -90,6 +92,22 @@ def test_faults_name_the_prompts_per_step_that_would_work():
     faults = PromptDataModule(prompts_per_step=7).faults(world_size=4)
     assert faults == ["data.prompts_per_step must be a multiple of the 4 devices; got 7: 4 works"]
     assert PromptDataModule(prompts_per_step=8).faults(world_size=4) == []
+
+
+def test_validation_on_training_rows_is_said_aloud(tmp_path):
+    def warned(train: str, validation: str | None = None) -> bool:
+        module = PromptDataModule(train=train, validation=validation, prompts_per_step=1)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            module.setup("validate")
+        return any("those of training rows" in str(warning.message) for warning in caught)
+
+    train, held_out = (str(tmp_path / name) for name in ("train.jsonl", "held_out.jsonl"))
+    for path in (train, held_out):
+        Path(path).write_text('{"prompt": "apple", "completion": "bridge"}\n')
+    assert warned(train) and warned(train, train)
+    assert not warned(train, held_out)
+    assert not warned("embedded:keywords"), "it has splits of its own"
 
 
 def test_a_source_without_usable_rows_tells_why(tmp_path):
