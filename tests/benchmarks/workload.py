@@ -49,8 +49,8 @@ def model_folder(source: str, folder: Path, *, layers: int | None, stops: bool) 
         source: Hub name, folder or ``.gguf`` file.
         folder: Written to.
         layers: Keep only the first so many, for curves; None = all.
-        stops: Whether its end-of-sequence token ends a completion. Otherwise a token that the model
-            gives next to no probability takes its place, and completions run to their full length.
+        stops: Whether its end-of-sequence token ends a completion. Otherwise another special token
+            takes its place. The model may still sample that one, so compare seconds per token.
     """
     from grao_lightning.models import load_model, load_tokenizer
 
@@ -60,10 +60,11 @@ def model_folder(source: str, folder: Path, *, layers: int | None, stops: bool) 
         model.config.num_hidden_layers = layers
         if getattr(model.config, "layer_types", None):
             model.config.layer_types = model.config.layer_types[:layers]
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if not stops:
         tokenizer.pad_token = tokenizer.eos_token
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(_improbable_token(tokenizer))
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(_spare_token(tokenizer))
+    elif not tokenizer.pad_token:
+        tokenizer.pad_token = tokenizer.eos_token
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.config.eos_token_id = tokenizer.eos_token_id
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -72,7 +73,7 @@ def model_folder(source: str, folder: Path, *, layers: int | None, stops: bool) 
     return folder
 
 
-def _improbable_token(tokenizer: Any) -> int:
+def _spare_token(tokenizer: Any) -> int:
     special = [i for i in tokenizer.all_special_ids if i != tokenizer.eos_token_id]
     if not special:
         raise SystemExit("--model: its tokenizer has no spare special token to stand for the end")
@@ -96,14 +97,13 @@ def write_rows(
     rows: list[dict[str, str]] = []
     before = ""
     for prompt, answer in _dialogues(dialogues):
-        length = len(tokenizer(before + prompt)["input_ids"])
-        if length < low:
-            # Turns before a dialogue make a longer one; a single file rarely has 1024 tokens.
-            before = before + prompt + answer if low > 256 else ""
-            continue
-        ids = tokenizer(before + prompt)["input_ids"]
         text = before + prompt
-        if length > high:
+        ids = tokenizer(text)["input_ids"]
+        if len(ids) < low:
+            # Turns before a dialogue make a longer one; a single file rarely has 1024 tokens.
+            before = text + answer if low > 256 else ""
+            continue
+        if len(ids) > high:
             if low <= 256 and dialogues:
                 continue
             text = tokenizer.decode(ids[-high:])
