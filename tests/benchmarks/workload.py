@@ -10,6 +10,9 @@ from typing import Any
 _TURN = "\n\nAssistant:"
 # Text for prompts where no dialogues are given.
 _FILLER = "What should I look for in the report you sent last week, and why does it matter? "
+_FILLER_ANSWER = (
+    " It matters, since everyone who reads it will act on the figures of its last page first."
+)
 
 
 @dataclass(frozen=True)
@@ -122,10 +125,7 @@ def _dialogues(file: str | None) -> Iterator[tuple[str, str]]:
     if file is None:
         for number in range(10_000):
             prompt = f"\n\nHuman: ({number}) " + _FILLER * (1 + number % 60) + _TURN
-            yield (
-                prompt,
-                " It matters, since everyone who reads it acts on its last page first.",
-            )
+            yield prompt, _FILLER_ANSWER
         return
     opener: Any = gzip.open if file.endswith(".gz") else open
     with opener(file, "rt") as lines:
