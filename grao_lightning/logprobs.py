@@ -17,7 +17,7 @@ from torch import Tensor
 from grao_lightning.attention import TreeLayout
 from grao_lightning.batch import TokenRow
 from grao_lightning.head import Weigh, head_loss, head_of
-from grao_lightning.packing import pack_rows, split_into_packs
+from grao_lightning.packing import pack_rows, riders, split_into_packs
 from grao_lightning.sharing import shares_prompts
 
 
@@ -42,6 +42,19 @@ class TokenLogprobs:
     def by_row(self) -> list[Tensor]:
         """Return one [T] tensor a row."""
         return list(self.flat.split(self.lengths.tolist()))
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows of one forward pass.
+
+    Attributes:
+        numbers: Of the rows.
+        needs_gradient: Whether a backward pass follows.
+    """
+
+    numbers: list[int]
+    needs_gradient: bool
 
 
 def token_logprobs(
@@ -73,18 +86,30 @@ def token_logprobs(
 
 
 def split_by_tokens(
-    model: Any, rows: Sequence[TokenRow], numbers: Sequence[int], budget: int
-) -> list[list[int]]:
-    """Return the row numbers in micro-batches of at most ``budget`` tokens in the model's layout.
+    model: Any, rows: Sequence[TokenRow], needs_gradient: Sequence[bool], budget: int
+) -> list[MicroBatch]:
+    """Return all rows in micro-batches of at most ``budget`` tokens in the model's layout.
+
+    Rows that need no gradient stand apart, except where that costs more than taking them along: a
+    row packed behind a prompt that is read with gradients anyway spares reading it once more.
 
     Args:
         model: Decides the layout, packed or padded.
         rows: All rows.
-        numbers: Those that are wanted.
+        needs_gradient: [R] whether a row's log-probabilities are to be differentiated.
         budget: Most tokens of a micro-batch, padding included; a longer row stands alone.
+
+    Returns:
+        Those without gradients first.
     """
-    split = split_into_packs if shares_prompts(model) else split_padded
-    return split(rows, numbers, budget)
+    packed = shares_prompts(model)
+    split = split_into_packs if packed else split_padded
+    carried = riders(rows, needs_gradient) if packed else set()
+    with_gradient = [n for n in range(len(rows)) if needs_gradient[n] or n in carried]
+    without = [n for n in range(len(rows)) if not needs_gradient[n] and n not in carried]
+    return [MicroBatch(part, False) for part in split(rows, without, budget)] + [
+        MicroBatch(part, True) for part in split(rows, with_gradient, budget)
+    ]
 
 
 def split_padded(rows: Sequence[TokenRow], numbers: Sequence[int], budget: int) -> list[list[int]]:

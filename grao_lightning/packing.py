@@ -143,3 +143,21 @@ def split_into_packs(
             free -= needed
             fresh = False
     return packs
+
+
+def riders(rows: Sequence[TokenRow], needs_gradient: Sequence[bool]) -> set[int]:
+    """Return the rows without gradient that are cheaper in the pack of their prompt's other rows.
+
+    In there a token costs a backward pass, twice a forward pass, which it does not need; apart,
+    the prompt is read once more.
+    """
+    by_prompt: dict[tuple[int, ...], list[int]] = {}
+    for number, row in enumerate(rows):
+        by_prompt.setdefault(tuple(row.prompt_ids), []).append(number)
+    carried: set[int] = set()
+    for prompt, members in by_prompt.items():
+        without = [number for number in members if not needs_gradient[number]]
+        extra = 2 * sum(len(rows[number].answer_ids) - 1 for number in without)
+        if len(without) < len(members) and extra < len(prompt):
+            carried.update(without)
+    return carried

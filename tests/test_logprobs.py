@@ -9,7 +9,7 @@ from grao_lightning.attention import TreeLayout
 from grao_lightning.batch import TokenRow
 from grao_lightning.head import Head, head_loss
 from grao_lightning.logprobs import split_padded, token_logprobs
-from grao_lightning.packing import pack_rows, split_into_packs
+from grao_lightning.packing import pack_rows, riders, split_into_packs
 from grao_lightning.sharing import share_prompts
 from tests.conftest import VOCABULARY, tiny_model
 
@@ -217,6 +217,15 @@ def test_a_group_larger_than_the_budget_is_spread_and_a_row_larger_stands_alone(
     rows = [TokenRow([1] * 10, [2] * 11) for _ in range(6)]  # 10 + 10 a branch
     assert split_into_packs(rows, range(6), 40) == [[0, 1, 2], [3, 4, 5]]
     assert split_into_packs(rows, range(2), 15) == [[0], [1]]
+
+
+def test_rows_without_gradient_ride_only_where_reading_their_prompt_again_costs_more():
+    short, long = TokenRow([1] * 10, [2] * 5), TokenRow([1] * 10, [2] * 6)  # 8, 10 extra tokens
+    other = TokenRow([3] * 10, [2] * 2)
+    assert riders([short, short], [True, False]) == {1}
+    assert riders([short, long], [True, False]) == set()
+    assert riders([short, other], [True, False]) == set()
+    assert riders([short, short], [False, False]) == set()
 
 
 def test_the_dense_mask_of_a_pack_shows_each_token_its_own_row_only():

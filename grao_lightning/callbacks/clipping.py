@@ -93,14 +93,14 @@ class ReferenceAwareClipping(Callback):
         with phase(trainer, batch, "reference_model"):
             rows = batch.group_rows()
             logprobs = [torch.empty(0)] * len(rows)
-            everyone, budget = range(len(rows)), pl_module.micro_batch_tokens
-            for numbers in split_by_tokens(model, rows, everyone, budget):
+            frozen, budget = [False] * len(rows), pl_module.micro_batch_tokens
+            for micro_batch in split_by_tokens(model, rows, frozen, budget):
                 computed = token_logprobs(
                     model,
-                    [rows[number] for number in numbers],
+                    [rows[number] for number in micro_batch.numbers],
                     temperature=pl_module.logprob_temperature,
                 )
-                for number, row in zip(numbers, computed.by_row(), strict=True):
+                for number, row in zip(micro_batch.numbers, computed.by_row(), strict=True):
                     logprobs[number] = row
             batch.reference_model_logprobs = logprobs
         if self.outward_mask:

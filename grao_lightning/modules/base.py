@@ -180,7 +180,7 @@ class AlignmentModule(LightningModule):
     ) -> "RowLogprobs":
         """Add the gradient of ``-sum_r c_r l(row_r)`` and return the rows' log-probabilities.
 
-        Rows whose coefficient is 0 pass through the model without gradients. Where the batch has
+        Rows whose coefficient is 0 have no part in the gradient. Where the batch has
         ``outward_limits``, tokens that already left them are not pushed further.
 
         Args:
@@ -203,18 +203,19 @@ class AlignmentModule(LightningModule):
             collected.add(numbers, computed)
             return computed.loss
 
-        def split(wanted: Tensor) -> list[list[int]]:
-            numbers = wanted.nonzero()[:, 0].tolist()
-            return split_by_tokens(self.policy, rows, numbers, self.micro_batch_tokens)
-
-        with torch.no_grad():
-            for numbers in split(coefficients == 0):
-                forward(numbers)
-        micro_batches = split(coefficients != 0)
-        for position, numbers in enumerate(micro_batches, start=1):
-            loss = forward(numbers, self._weigh(batch, rows, numbers, coefficients))
-            self._backward(loss, is_last=position == len(micro_batches))
-        if not micro_batches:  # ranks must meet in the same collectives, signal or not
+        micro_batches = split_by_tokens(
+            self.policy, rows, (coefficients != 0).tolist(), self.micro_batch_tokens
+        )
+        for number, micro_batch in enumerate(micro_batches, start=1):
+            if not micro_batch.needs_gradient:
+                with torch.no_grad():
+                    forward(micro_batch.numbers)
+                continue
+            weigh = self._weigh(batch, rows, micro_batch.numbers, coefficients)
+            loss = forward(micro_batch.numbers, weigh)
+            self._backward(loss, is_last=number == len(micro_batches))
+        if not any(part.needs_gradient for part in micro_batches):
+            # Ranks must meet in the same collectives, signal or not.
             parameters = self.policy.parameters()
             self._backward(sum(p.sum() * 0.0 for p in parameters if p.requires_grad), is_last=True)
         batch.policy_logprobs = collected.logprobs
@@ -241,7 +242,8 @@ class AlignmentModule(LightningModule):
             counts = outward_mask(
                 logprobs, frozen_logprobs[part], by_token[part], low=limits.low, high=limits.high
             )
-            batch.statistics.mean("clip_ratio/outward", (~counts).double())
+            pushed = by_token[part] != 0
+            batch.statistics.mean("clip_ratio/outward", (~counts[pushed]).double())
             return weights[part] * counts
 
         return masked
