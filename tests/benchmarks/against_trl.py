@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tests.benchmarks.workload import Workload, model_folder, write_rows
+from tests.benchmarks.workload import Workload, end_never, model_folder, write_rows
 
 Report = dict[str, float]
 
@@ -126,9 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        model = model_folder(
-            options.model, folder / "model", layers=options.layers, stops=options.stops
-        )
+        model = model_folder(options.model, folder / "model", layers=options.layers)
         from transformers import AutoTokenizer
 
         lengths = write_rows(
@@ -138,6 +136,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.prompts,
             tuple(options.prompt_tokens),
         )
+        if not options.stops:
+            end_never(model, folder / "rows.jsonl")
         print(f"prompts of {lengths} tokens, G = {options.group_size}")
         for dtype in options.dtypes:
             print(dtype)

@@ -46,9 +46,14 @@ class Reporter:
         print(json.dumps(report), file=self._pipe, flush=True)
 
 
-def variety(completions: list[str], **_: Any) -> list[float]:
-    """Return a reward that costs nothing and rarely ties: no group is left without signal."""
-    return [len(set(text)) / (1 + len(text)) + len(text) / 1000 for text in completions]
+def variety(completions: list[Any], **_: Any) -> list[float]:
+    """Return a reward that costs nothing and rarely ties: no group is left without signal.
+
+    Args:
+        completions: Texts, or the lists of one message that TRL makes of them.
+    """
+    texts = [text if isinstance(text, str) else text[0]["content"] for text in completions]
+    return [len(set(text)) / (1 + len(text)) + len(text) / 1000 for text in texts]
 
 
 def run_ours(work: Workload) -> None:

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-_TURN = "\n\nAssistant:"
+from grao_lightning.data.formats import Message, parse_rows
+
 # Text for prompts where no dialogues are given.
 _FILLER = "What should I look for in the report you sent last week, and why does it matter? "
 _FILLER_ANSWER = (
@@ -45,42 +46,66 @@ class Workload:
         return cls(**json.loads(text))
 
 
-def model_folder(source: str, folder: Path, *, layers: int | None, stops: bool) -> Path:
+def model_folder(source: str, folder: Path, *, layers: int | None) -> Path:
     """Save a model for the benchmark and return its folder.
 
     Args:
-        source: Hub name, folder or ``.gguf`` file.
+        source: Hub name, folder or ``.gguf`` file, with a chat template.
         folder: Written to.
         layers: Keep only the first so many, for curves; None = all.
-        stops: Whether its end-of-sequence token ends a completion. Otherwise another special token
-            takes its place. The model may still sample that one, so compare seconds per token.
     """
     from grao_lightning.models import load_model, load_tokenizer
 
     model, tokenizer = load_model("--model", source), load_tokenizer("--model", source)
+    if not tokenizer.chat_template:
+        raise SystemExit("--model: its tokenizer has no chat template, which the prompts need")
     if layers:
         model.model.layers = model.model.layers[:layers]
         model.config.num_hidden_layers = layers
         if getattr(model.config, "layer_types", None):
             model.config.layer_types = model.config.layer_types[:layers]
-    if not stops:
-        tokenizer.pad_token = tokenizer.eos_token
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(_spare_token(tokenizer))
-    elif not tokenizer.pad_token:
-        tokenizer.pad_token = tokenizer.eos_token
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.config.eos_token_id = tokenizer.eos_token_id
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    _end_with(folder, tokenizer.eos_token_id)
     return folder
 
 
-def _spare_token(tokenizer: Any) -> int:
-    special = [i for i in tokenizer.all_special_ids if i != tokenizer.eos_token_id]
-    if not special:
-        raise SystemExit("--model: its tokenizer has no spare special token to stand for the end")
-    return max(special)
+def end_never(folder: Path, rows: Path) -> None:
+    """Make the least likely token the end-of-sequence, so that every completion is of full length.
+
+    Least likely after any of the prompts' tokens; the caller checks the lengths afterwards.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = (
+        loader.from_pretrained(folder) for loader in (AutoModelForCausalLM, AutoTokenizer)
+    )
+    likeliest = torch.zeros(model.config.vocab_size)
+    for line in rows.read_text().splitlines():
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt_tokens(tokenizer, line)])).logits[0]
+        likeliest = torch.maximum(likeliest, logits.softmax(-1).amax(0))
+    _end_with(folder, int(likeliest.argmin()))
+
+
+def prompt_tokens(tokenizer: Any, line: str) -> list[int]:
+    """Return the prompt of a line of the rows' file as the model reads it."""
+    return _tokens(tokenizer, json.loads(line)["prompt"])
+
+
+def _end_with(folder: Path, token: int) -> None:
+    """Set the end-of-sequence token in the three places that tell it."""
+    from transformers import AutoTokenizer
+
+    for name in ("config.json", "generation_config.json"):
+        file = folder / name
+        file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": token}))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(token)
+    tokenizer.save_pretrained(folder)
 
 
 def write_rows(
@@ -90,46 +115,51 @@ def write_rows(
 
     Args:
         file: Written to.
-        tokenizer: Counts tokens.
+        tokenizer: Counts tokens, those of its chat template included.
         dialogues: Anthropic HH file (JSONL, gzipped or not); None = filler text.
         num_prompts: How many.
-        tokens: Fewest and most tokens of a prompt. Where a file has no dialogue that long, several
-            stand behind one another.
+        tokens: Fewest and most tokens of a prompt. Where ``most`` is above 256, dialogues are put
+            behind one another until they have the fewest.
     """
     low, high = tokens
-    rows: list[dict[str, str]] = []
-    before = ""
+    joins = high > 256
+    rows: list[dict[str, Any]] = []
+    before: list[Message] = []
     for prompt, answer in _dialogues(dialogues):
-        text = before + prompt
-        ids = tokenizer(text)["input_ids"]
-        if len(ids) < low:
-            # Turns before a dialogue make a longer one; a single file rarely has 1024 tokens.
-            before = text + answer if low > 256 else ""
-            continue
-        if len(ids) > high:
-            if low <= 256 and dialogues:
-                continue
-            text = tokenizer.decode(ids[-high:])
-        before = ""
-        if 16 <= len(tokenizer(answer)["input_ids"]) <= 64:
-            rows.append({"prompt": text, "completion": answer})
+        turns = before + prompt
+        length = len(_tokens(tokenizer, turns))
+        before = []
+        if joins and length < low:
+            before = [*turns, {"role": "assistant", "content": answer}]
+        while joins and length > high and len(turns) > 2:
+            turns = turns[2:]
+            length = len(_tokens(tokenizer, turns))
+        if low <= length <= high and 16 <= len(tokenizer(answer)["input_ids"]) <= 64:
+            completion = [{"role": "assistant", "content": answer}]
+            rows.append({"prompt": turns, "completion": completion})
         if len(rows) == num_prompts:
             break
     if len(rows) < num_prompts:
         raise SystemExit(f"--dialogues: found {len(rows)} of {num_prompts} prompts of {tokens}")
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return [len(tokenizer(row["prompt"])["input_ids"]) for row in rows]
+    return [len(_tokens(tokenizer, row["prompt"])) for row in rows]
 
 
-def _dialogues(file: str | None) -> Iterator[tuple[str, str]]:
+def _tokens(tokenizer: Any, turns: list[Message]) -> list[int]:
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def _dialogues(file: str | None) -> Iterator[tuple[list[Message], str]]:
     if file is None:
         for number in range(10_000):
-            prompt = f"\n\nHuman: ({number}) " + _FILLER * (1 + number % 60) + _TURN
-            yield prompt, _FILLER_ANSWER
+            question = f"({number}) " + _FILLER * (1 + number % 60)
+            yield [{"role": "user", "content": question}], _FILLER_ANSWER
         return
     opener: Any = gzip.open if file.endswith(".gz") else open
     with opener(file, "rt") as lines:
-        for line in lines:
-            text = json.loads(line)["chosen"]
-            end = text.rindex(_TURN) + len(_TURN)
-            yield text[:end], text[end:]
+        examples, _ = parse_rows([json.loads(line) for line in lines])
+    for example in examples:
+        assert isinstance(example.prompt, list) and example.reference_answer
+        yield example.prompt, example.reference_answer
