@@ -11,6 +11,7 @@ from grao_lightning.callbacks.scoring import GroupScoring
 from grao_lightning.faults import Faults
 
 _STAGES = (GroupSampling, GroupScoring, ReferenceAwareClipping)
+_WHOLE = ("32-true", "64-true")
 
 
 def check_run(trainer: Trainer, module: Any, data: Any) -> None:
@@ -37,6 +38,7 @@ def run_faults(trainer: Trainer, module: Any, data: Any, command: str | None) ->
         faults.add(*data.faults(trainer.world_size))
     faults.add(*_stage_faults(trainer, module.reference_model_source is not None))
     faults.add(*_trainer_faults(trainer, command))
+    faults.add(*_precision_faults(trainer, module))
     faults.add(*_monitor_faults(trainer, module))
     return faults
 
@@ -86,6 +88,18 @@ def _trainer_faults(trainer: Trainer, command: str | None) -> Faults:
         faults.add(
             f"trainer.strategy must keep whole gradients on every device, or their norm is not "
             f"clipped; got {strategy}: use auto or ddp"
+        )
+    return faults
+
+
+def _precision_faults(trainer: Trainer, module: Any) -> Faults:
+    faults = Faults()
+    precision = str(trainer.precision)
+    if module.master_weights and (precision.endswith("-mixed") or precision in _WHOLE):
+        faults.add(
+            "model.master_weights must be false where the weights are float32 or wider themselves; "
+            f"got true with trainer.precision={precision}: remove it, or set "
+            "trainer.precision=bf16-true"
         )
     return faults
 

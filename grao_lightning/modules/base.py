@@ -20,6 +20,7 @@ from grao_lightning.metrics import Estimate, GainKind, TiesAs
 from grao_lightning.models import first_mismatch, load_model, load_tokenizer, source_fault
 from grao_lightning.modules.validation import ValidationMetrics
 from grao_lightning.objectives.clipping import outward_mask
+from grao_lightning.optimizer import MasterWeightsAdamW
 from grao_lightning.sharing import share_prompts
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,8 @@ class AlignmentModule(LightningModule):
         learning_rate: Peak learning rate of AdamW.
         weight_decay: Of AdamW, decoupled.
         betas: Of AdamW.
+        master_weights: Keep float32 copies of the weights in the optimiser, which takes its steps
+            on them: for ``trainer.precision=bf16-true``, where small steps round away otherwise.
         schedule: Learning rate after warm-up: constant, or falling to 0 at ``trainer.max_steps``.
         warmup_steps: Steps of linear warm-up.
         micro_batch_tokens: Most padded tokens in one forward pass; lower it when memory runs out.
@@ -64,6 +67,7 @@ class AlignmentModule(LightningModule):
         learning_rate: float = 1e-6,
         weight_decay: float = 0.01,
         betas: tuple[float, float] = (0.9, 0.999),
+        master_weights: bool = False,
         schedule: Schedule = "constant",
         warmup_steps: int = 0,
         micro_batch_tokens: int = 8192,
@@ -82,6 +86,7 @@ class AlignmentModule(LightningModule):
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.betas = betas
+        self.master_weights = master_weights
         self.schedule = schedule
         self.warmup_steps = warmup_steps
         self.micro_batch_tokens = micro_batch_tokens
@@ -152,7 +157,8 @@ class AlignmentModule(LightningModule):
         # A fused AdamW unscales by itself, so under a gradient scaler the norm would be clipped too
         # late; there the plain one is used.
         fused = self.trainer.precision != "16-mixed"
-        optimizer = torch.optim.AdamW(
+        adamw = MasterWeightsAdamW if self.master_weights else torch.optim.AdamW
+        optimizer = adamw(
             self.policy.parameters(),
             lr=self.learning_rate,
             weight_decay=self.weight_decay,

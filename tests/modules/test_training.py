@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from grao_lightning import GRAOModule, SFTModule
 from grao_lightning.embedded.keywords import keyword_score
+from grao_lightning.faults import UserError
 from grao_lightning.objectives.grao import GRAOWeights, grao_coefficients
 from grao_lightning.objectives.sft import sft_coefficients
 from tests.runs import fit, largest_difference, stages, weights
@@ -80,10 +81,10 @@ def test_shared_prompts_give_the_same_steps_as_padded_rows(tmp_path):
     assert largest_difference(shared, padded) < 1e-6
 
 
-def two_ranks(folder: Path, data: dict, stage_options: dict) -> dict:
+def two_ranks(folder: Path, *options: dict) -> dict:
     script = Path(__file__).with_name("two_ranks.py")
     result = subprocess.run(
-        [sys.executable, script, folder, json.dumps(data), json.dumps(stage_options)],
+        [sys.executable, script, folder, *map(json.dumps, options)],
         capture_output=True,
         text=True,
         timeout=120,
@@ -127,18 +128,81 @@ def test_validation_on_two_ranks_with_uneven_shards_equals_that_of_one(tmp_path)
         assert summary[name] == pytest.approx(estimate._asdict(), abs=1e-9), name
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
-    whole, _ = run(tmp_path, max_steps=6)
+MASTERS = {"master_weights": True, "learning_rate": 1e-4}  # most steps stay below bfloat16
+
+
+def masters(module) -> dict[str, torch.Tensor]:
+    values = module.trainer.optimizers[0].state_dict()["master_weights"]
+    return dict(zip([name for name, _ in module.policy.named_parameters()], values, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "precision"), [({}, "32-true"), (MASTERS, "bf16-true")], ids=["plain", "masters"]
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, options, precision):
+    whole = fit(tmp_path, module=grao(**options), max_steps=6, precision=precision)
     saver = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=3, filename="three")
     fit(
         tmp_path,
-        module=grao(),
+        module=grao(**options),
         callbacks=[*stages(), saver],
         max_steps=3,
         enable_checkpointing=True,
+        precision=precision,
     )
-    resumed, _ = run(tmp_path, grao(), max_steps=6, ckpt_path=str(tmp_path / "saved/three.ckpt"))
-    assert largest_difference(whole, resumed) == 0.0
+    resumed = fit(
+        tmp_path,
+        module=grao(**options),
+        max_steps=6,
+        ckpt_path=str(tmp_path / "saved/three.ckpt"),
+        precision=precision,
+    )
+    assert largest_difference(weights(whole), weights(resumed)) == 0.0
+    if options:
+        assert largest_difference(masters(whole), masters(resumed)) == 0.0
+
+
+def test_the_weights_are_the_rounded_masters_and_a_step_skipped_by_clipping_changes_neither(
+    tmp_path,
+):
+    class Spoil(Callback):
+        def on_after_backward(self, trainer, pl_module) -> None:
+            if trainer.global_step == 1:
+                self.before = masters(pl_module)
+                self.before = {name: value.clone() for name, value in self.before.items()}
+                next(pl_module.policy.parameters()).grad[0] = torch.nan
+
+        def on_train_batch_end(self, trainer, pl_module, *_) -> None:
+            rounded = {name: value.bfloat16() for name, value in masters(pl_module).items()}
+            own = dict(pl_module.policy.named_parameters())
+            assert largest_difference(rounded, own) == 0.0
+            if trainer.global_step == 2:
+                assert largest_difference(self.before, masters(pl_module)) == 0.0
+
+    module, spoil = grao(**MASTERS), Spoil()
+    with pytest.warns(UserWarning, match="this step changes nothing"):
+        fit(tmp_path, module=module, callbacks=[*stages(), spoil], precision="bf16-true")
+    assert largest_difference(spoil.before, masters(module)) > 1e-5
+    assert all(value.dtype == torch.float32 for value in masters(module).values())
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed"])
+def test_master_weights_are_refused_where_the_weights_are_float32_themselves(tmp_path, precision):
+    with pytest.raises(UserError, match=r"model.master_weights must be false .*; got true with "):
+        fit(tmp_path, module=grao(master_weights=True), precision=precision)
+
+
+def test_two_processes_keep_the_same_masters_and_move_them_as_one_process_does(tmp_path):
+    """Gradients are exchanged in bfloat16, so one process differs by rounding, 2 to 10 %."""
+    options = {"precision": "bf16-true"}
+    start = masters(fit(tmp_path, module=grao(**MASTERS), max_steps=0, **options))
+    alone = masters(fit(tmp_path, module=grao(**MASTERS), **options))
+    found = two_ranks(tmp_path, {}, {}, {**options, "model": MASTERS})
+    together = torch.load(tmp_path / "masters.pt")
+    assert found["apart"] == 0.0
+    moved = torch.cat([(alone[name] - start[name]).flatten() for name in start])
+    difference = [(a - b).flatten() for a, b in zip(alone.values(), together, strict=True)]
+    assert torch.cat(difference).norm() < 0.3 * moved.norm()
 
 
 def test_a_checkpoint_holds_the_policy_and_not_the_reference_model(tmp_path):

@@ -1,6 +1,7 @@
 """Three steps of the embedded task on two CPU processes; started by test_training.
 
-Arguments: the folder for the results, and JSON of `tests.runs.fit` data and of stage options.
+Arguments: the folder for the results, and JSON of `tests.runs.fit` data, of stage options and, for
+another run than one in float64, of the precision and of module options.
 """
 
 import json
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback
 
+from grao_lightning import GRAOModule
 from grao_lightning.callbacks.summary import RunSummary
 from tests.runs import fit, stages, weights
 
@@ -30,22 +32,38 @@ class Record(Callback):
         self.signals.append(pl_module.all_gather(signal).tolist())
 
 
-def main(folder: Path, data: dict, options: dict) -> None:
+def largest_difference_of_ranks(module) -> float:
+    """Return how far the ranks' weights, and their masters where they have some, are apart."""
+    own = [*module.policy.parameters()]
+    own += module.trainer.optimizers[0].state_dict().get("master_weights", [])
+    flat = torch.cat([values.detach().double().flatten() for values in own])
+    both = module.all_gather(flat)
+    return (both[0] - both[1]).abs().max().item()
+
+
+def main(folder: Path, data: dict, options: dict, run: dict | None = None) -> None:
     torch.set_num_threads(1)
     record = Record()
+    run = run or {"precision": "64-true"}
+    model = {"policy": "embedded:keywords-weak", "learning_rate": 1e-3, **run.pop("model", {})}
     module = fit(
         folder,
+        module=GRAOModule(**model),
         data=data,
         callbacks=[*stages(**options), record, RunSummary()],
         limit_val_batches=1.0,
         val_check_interval=3,
         devices=2,
         strategy="ddp",
-        precision="64-true",
+        **run,
     )
+    apart = largest_difference_of_ranks(module)
     if module.global_rank == 0:
         torch.save(weights(module), folder / "weights.pt")
+        saved = module.trainer.optimizers[0].state_dict().get("master_weights")
+        torch.save(saved, folder / "masters.pt")
         found = {
+            "apart": apart,
             "norms": record.norms,
             "longest_of_ranks": record.longest[:2],
             "signals": record.signals,
