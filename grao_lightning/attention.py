@@ -6,16 +6,16 @@ A layout travels as an argument and not as state, so that gradient checkpointing
 
 On CPU the tree is computed part by part (the prompt by itself, the branches on the prompt, each
 branch by itself) with the flash kernel, and parts are merged by their log-sum-exp, which is exact.
-Elsewhere a dense mask does the same.
+Elsewhere one mask does the same, see `masked`.
 """
 
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from grao_lightning import masked
 from grao_lightning.packing import Pack, Segment
 
 SHARED = "grao_shared_prompt"
@@ -59,17 +59,15 @@ class TreeLayout:
     def __init__(self, pack: Pack) -> None:
         self._segments = pack.segments
         self._pack = pack
-        self._mask: Tensor | None = None
+        self._mask: Any = None
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Return the attention of every token of the pack, [1, Hq, S, D]."""
         if query.device.type == "cpu":
             return _TreeAttention.apply(query, key, value, self._segments, scale)
         if self._mask is None:
-            self._mask = self._pack.mask().to(query.device)
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=self._mask, scale=scale, enable_gqa=True
-        )
+            self._mask = masked.tree_mask(self._pack, query, key)
+        return masked.attend(query, key, value, self._mask, scale)
 
 
 def under_autocast(values: Tensor) -> Tensor:

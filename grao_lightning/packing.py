@@ -75,6 +75,19 @@ class Pack:
                 first += length
         return mask
 
+    def labels(self) -> tuple[Tensor, Tensor]:
+        """Return of every token its segment and its branch, [S] long; 0 is the prompt's branch.
+
+        A token sees those at or before it in its segment that are of the prompt or its own branch.
+        """
+        lengths = [(part.prompt_length, *part.branch_lengths) for part in self.segments]
+        segment = torch.arange(len(lengths)).repeat_interleave(
+            torch.tensor([sum(parts) for parts in lengths])
+        )
+        branch = torch.tensor([number for parts in lengths for number in range(len(parts))])
+        sizes = torch.tensor([length for parts in lengths for length in parts])
+        return segment, branch.repeat_interleave(sizes)
+
 
 def pack_rows(rows: Sequence[TokenRow]) -> Pack:
     """Return the pack of rows, those with equal prompts behind one copy of it."""
