@@ -1,9 +1,10 @@
 """One contender in a process of its own: takes a step whenever it reads a line, and reports it.
 
-``python -m tests.benchmarks.contenders ours|trl WORKLOAD [micro-batch]``. Every line written to
-standard output is the JSON of a `Report`.
+``python -m tests.benchmarks.contenders ours|trl WORKLOAD SETTINGS``, both JSON; settings are those
+of `GRAOModule` or of ``GRPOConfig``. Every line written to standard output is a `Report`.
 """
 
+import hashlib
 import json
 import os
 import sys
@@ -11,6 +12,7 @@ import tempfile
 import time
 from typing import Any, TextIO
 
+from tests.benchmarks.report import PHASES, Report
 from tests.benchmarks.workload import Workload
 
 
@@ -29,21 +31,24 @@ class Reporter:
             os._exit(0)
         self._started = time.perf_counter()
 
-    def tell(self, phases: dict[str, float], lengths: list[int]) -> None:
+    def tell(self, phases: dict[str, float], lengths: list[int], prompts: list[list[int]]) -> None:
         """Report the step that `wait` began.
 
         Args:
-            phases: Seconds by phase: sample, score, update, optimizer.
+            phases: Seconds of each of `PHASES`.
             lengths: Tokens of each completion.
+            prompts: Token ids of the prompts, in any order, repeated or not.
         """
-        report = {
-            "step": time.perf_counter() - self._started,
-            **phases,
-            "sampled_tokens": sum(lengths),
-            "longest": max(lengths),
-            "peak_bytes": _peak_bytes(),
-        }
-        print(json.dumps(report), file=self._pipe, flush=True)
+        seconds = time.perf_counter() - self._started
+        distinct = sorted(set(map(tuple, prompts)))
+        report = Report(
+            step=seconds,
+            **{name: phases[name] for name in PHASES},
+            lengths=lengths,
+            prompts=hashlib.sha256(repr(distinct).encode()).hexdigest()[:16],
+            peak_bytes=_peak_bytes(),
+        )
+        print(report.dumps(), file=self._pipe, flush=True)
 
 
 def variety(completions: list[Any], **_: Any) -> list[float]:
@@ -56,8 +61,13 @@ def variety(completions: list[Any], **_: Any) -> list[float]:
     return [len(set(text)) / (1 + len(text)) + len(text) / 1000 for text in texts]
 
 
-def run_ours(work: Workload) -> None:
-    """Train with GRAOModule in a Lightning Trainer."""
+def run_ours(work: Workload, settings: dict[str, Any]) -> None:
+    """Train with GRAOModule in a Lightning Trainer.
+
+    Args:
+        work: The work.
+        settings: Of the module.
+    """
     import torch
     from lightning.pytorch import Callback, Trainer
 
@@ -77,6 +87,8 @@ def run_ours(work: Workload) -> None:
             reporter.wait()
 
     class Last(Callback):
+        before_optimizer = 0.0
+
         def on_before_optimizer_step(self, *_: Any) -> None:
             self.before_optimizer = time.perf_counter()
 
@@ -86,9 +98,10 @@ def run_ours(work: Workload) -> None:
             optimizer = time.perf_counter() - self.before_optimizer
             phases = dict(batch.seconds)
             phases["update"] -= optimizer
-            reporter.tell({**phases, "optimizer": optimizer}, batch.completions.lengths.tolist())
+            lengths = batch.completions.lengths.tolist()
+            reporter.tell({**phases, "optimizer": optimizer}, lengths, batch.prompt_ids)
 
-    module = GRAOModule(policy=work.model, reference_model=None, learning_rate=1e-6)
+    module = GRAOModule(policy=work.model, reference_model=None, learning_rate=1e-6, **settings)
     data = PromptDataModule(
         train=work.rows,
         tokenizer=work.model,
@@ -110,7 +123,7 @@ def run_ours(work: Workload) -> None:
             default_root_dir=folder,
             accelerator="auto",
             devices=1,
-            precision={"fp32": "32-true", "bf16": "bf16-true"}[work.dtype],
+            precision="32-true" if work.dtype == "fp32" else "bf16-true",
             max_epochs=-1,
             max_steps=1_000_000,
             limit_val_batches=0,
@@ -125,12 +138,12 @@ def run_ours(work: Workload) -> None:
         trainer.fit(module, datamodule=data)
 
 
-def run_trl(work: Workload, micro_batch: int) -> None:
+def run_trl(work: Workload, settings: dict[str, Any]) -> None:
     """Train with TRL's GRPOTrainer: no reference model (beta 0), one update a rollout.
 
     Args:
         work: The work.
-        micro_batch: Completions of one forward and backward pass.
+        settings: Of GRPOConfig; with ``per_device_train_batch_size``, the micro-batch.
     """
     import datasets
     import torch
@@ -140,11 +153,15 @@ def run_trl(work: Workload, micro_batch: int) -> None:
     reporter = Reporter()
     phases: dict[str, float] = {}
     lengths: list[int] = []
+    prompts: list[list[int]] = []
 
     class Clock(TrainerCallback):
+        before_optimizer = 0.0
+
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             phases.clear()
             lengths.clear()
+            prompts.clear()
             reporter.wait()
 
         def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
@@ -156,16 +173,18 @@ def run_trl(work: Workload, micro_batch: int) -> None:
         def on_step_end(self, *_: Any, **__: Any) -> None:
             both = phases.pop("sample_and_score")
             phases["score"] = both - phases["sample"]
-            reporter.tell(phases, lengths)
+            reporter.tell(phases, lengths, prompts)
 
-    def reward(completion_ids: Any, completions: Any, **_: Any) -> list[float]:
+    def reward(completion_ids: Any, completions: Any, **_: Any) -> list[float | None]:
         lengths.extend(len(ids) for ids in completion_ids)
-        return variety(completions)
+        return [*variety(completions)]
 
     def timed(owner: Any, name: str, phase: str) -> None:
         function = getattr(owner, name)
 
         def wrapped(*args: Any, **options: Any) -> Any:
+            if phase == "sample":
+                prompts.extend(args[0])
             started = time.perf_counter()
             result = function(*args, **options)
             phases[phase] = phases.get(phase, 0.0) + time.perf_counter() - started
@@ -179,26 +198,24 @@ def run_trl(work: Workload, micro_batch: int) -> None:
         attn_implementation="sdpa",
     )
     with open(work.rows) as lines:
-        prompts = [{"prompt": json.loads(line)["prompt"]} for line in lines]
+        dialogues = [{"prompt": json.loads(line)["prompt"]} for line in lines]
     rows = work.num_prompts * work.group_size
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
             model=model,
             reward_funcs=reward,
             processing_class=AutoTokenizer.from_pretrained(work.model, padding_side="left"),
-            train_dataset=datasets.Dataset.from_list(prompts * 50),
+            train_dataset=datasets.Dataset.from_list(dialogues * 50),
             callbacks=[Clock()],
             args=GRPOConfig(
                 output_dir=folder,
-                per_device_train_batch_size=micro_batch,
-                gradient_accumulation_steps=rows // micro_batch,
+                gradient_accumulation_steps=rows // settings["per_device_train_batch_size"],
                 num_generations=work.group_size,
                 max_completion_length=work.max_new_tokens,
                 beta=0.0,
                 temperature=1.0,
                 learning_rate=1e-6,
                 bf16=False,
-                gradient_checkpointing=False,
                 max_steps=1_000_000,
                 save_strategy="no",
                 report_to=[],
@@ -207,6 +224,7 @@ def run_trl(work: Workload, micro_batch: int) -> None:
                 use_cpu=not torch.cuda.is_available(),
                 disable_tqdm=True,
                 seed=0,
+                **{"gradient_checkpointing": False, **settings},
             ),
         )
         timed(trainer, "_generate_single_turn", "sample")
@@ -226,8 +244,6 @@ def _peak_bytes() -> int:
 
 
 if __name__ == "__main__":
-    contender, workload, *micro_batch = sys.argv[1:]
-    if contender == "ours":
-        run_ours(Workload.loads(workload))
-    else:
-        run_trl(Workload.loads(workload), int(micro_batch[0]))
+    contender, workload, settings = sys.argv[1:]
+    run = {"ours": run_ours, "trl": run_trl}[contender]
+    run(Workload.loads(workload), json.loads(settings))

@@ -1,0 +1,128 @@
+"""Tables and plot of what `against_trl` kept.
+
+``python -m tests.benchmarks.figure RESULTS.json CURVES.json --plot FILE.png --readme README.md``
+puts the tables between the README's two benchmark comments.
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks.report import PHASES
+
+_MARKS = "<!-- benchmark -->", "<!-- end of benchmark -->"
+Results = dict[str, Any]
+
+
+def comparison_table(results: Results) -> str:
+    """Return the main comparison as Markdown."""
+    lines = [
+        "| | s/step | sample | update | tokens/s | peak MB | faster, by token | memory | of limit |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, result in results.items():
+        for row in (result["trl"], *result["ours"]):
+            seconds = row["seconds"]
+            lines.append(
+                f"| {name}: {_who(row)} | {seconds['step']:.1f} | {seconds['sample']:.1f} "
+                f"| {seconds['update']:.1f} | {row['tokens'] / seconds['step']:.0f} "
+                f"| {row['peak_mb']} | {row['time_ratio_per_token']:.2f} "
+                f"| {row['memory_ratio']:.2f} | {row['share_of_limit']:.0%} |"
+            )
+    return "\n".join(lines)
+
+
+def curve_table(curves: Results) -> str:
+    """Return the curves as Markdown, the smallest lead named."""
+    lines = [
+        "| | TRL s/step | ours | faster | TRL peak MB | ours | memory |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, result in curves.items():
+        trl, (ours, *_) = result["trl"], result["ours"]
+        lines.append(
+            f"| {name} (prompt {result['prompts'][0]}) | {trl['seconds']['step']:.1f} "
+            f"| {ours['seconds']['step']:.1f} | {ours['time_ratio_per_token']:.2f} "
+            f"| {trl['peak_mb']} | {ours['peak_mb']} | {ours['memory_ratio']:.2f} |"
+        )
+    least = min(curves, key=lambda name: _lead(curves[name]))
+    lines.append(f"\nThe smallest lead is {_lead(curves[least]):.2f} times, at {least}.")
+    return "\n".join(lines)
+
+
+def plot(results: Results, curves: Results, file: Path) -> None:
+    """Draw phases of the main comparison and the lead along each size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    sizes: dict[str, list[tuple[int, float]]] = {}
+    for name, result in curves.items():
+        axis, value = name.rsplit(" ", 1)
+        at = result["prompts"][0] if axis == "prompt tokens" else int(value)
+        sizes.setdefault(axis, []).append((at, _lead(result)))
+    figure, (bars, *leads) = plt.subplots(
+        1,
+        1 + len(sizes),
+        figsize=(13, 4),
+        width_ratios=[2, *[1] * len(sizes)],
+        layout="constrained",
+    )
+    rows = [
+        (f"{name}\n{_who(row)}", row["seconds"])
+        for name, result in results.items()
+        for row in (result["trl"], *result["ours"])
+    ]
+    left = [0.0] * len(rows)
+    for phase in PHASES:
+        widths = [seconds[phase] for _, seconds in rows]
+        bars.barh([label for label, _ in rows], widths, left=left, label=phase)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    bars.invert_yaxis()
+    bars.tick_params(axis="y", labelsize=6)
+    bars.set_xlabel("seconds a step")
+    bars.legend(fontsize=7)
+    for axes, (axis, points) in zip(leads, sizes.items(), strict=True):
+        x, y = zip(*points, strict=True)
+        axes.plot(x, y, marker="o")
+        axes.axhline(1, color="grey", linewidth=1)
+        axes.set_xscale("log", base=2)
+        axes.set_ylim(0)
+        axes.set_xlabel(axis)
+    if leads:
+        leads[0].set_ylabel("times faster than TRL")
+    figure.savefig(file, dpi=110)
+
+
+def _who(row: Results) -> str:
+    if row["contender"] == "trl":
+        return f"TRL, micro-batch {row['settings']['per_device_train_batch_size']}"
+    return "ours, lean" if row["settings"] else "ours"
+
+
+def _lead(result: Results) -> float:
+    lead: float = result["ours"][0]["time_ratio_per_token"]
+    return lead
+
+
+def main() -> None:
+    """Write the tables and the plot."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("curves", type=Path)
+    parser.add_argument("--plot", type=Path, required=True)
+    parser.add_argument("--readme", type=Path, required=True)
+    options = parser.parse_args()
+    results, curves = (json.loads(file.read_text()) for file in (options.results, options.curves))
+    plot(results, curves, options.plot)
+    text = options.readme.read_text()
+    tables = f"{comparison_table(results)}\n\n{curve_table(curves)}"
+    pattern = re.compile(f"({_MARKS[0]}).*?({_MARKS[1]})", re.S)
+    options.readme.write_text(pattern.sub(lambda m: f"{m[1]}\n\n{tables}\n\n{m[2]}", text))
+
+
+if __name__ == "__main__":
+    main()
