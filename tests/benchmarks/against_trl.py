@@ -2,9 +2,10 @@
 
 ``python -m tests.benchmarks.against_trl --model FOLDER_OR_GGUF [--dialogues HH.jsonl.gz]`` (needs
 ``grao-lightning[benchmark]``). TRL takes every micro-batch first, and its fastest is the one
-compared with. Each contender runs in a process of its own, so that peak memory is its own. ``--curves``
-measures along group size, prompt length and completion length instead. With ``--output`` each
-result is kept in a file as it comes, and a run that was cut off goes on. The last line is JSON.
+compared with. Each contender runs in a process of its own, so that peak memory is its own.
+``--curves`` measures along group size, prompt length and completion length instead. With
+``--output`` each result is kept in a file as it comes, and a run that was cut off goes on. The last
+line is JSON.
 """
 
 import argparse
@@ -184,7 +185,8 @@ def tell(figures: Figures) -> None:
     )
     print(
         f"  {figures['contender']} {figures['settings']}: {parts} s  "
-        f"{figures['tokens']:.0f} tokens  {figures['tokens'] / seconds['step']:.1f} tokens/s  {figures['peak_mb']} MB  {rest}",
+        f"{figures['tokens']:.0f} tokens  {figures['tokens'] / seconds['step']:.1f} tokens/s  "
+        f"{figures['peak_mb']} MB  {rest}",
         flush=True,
     )
 

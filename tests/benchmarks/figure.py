@@ -19,7 +19,7 @@ Results = dict[str, Any]
 def comparison_table(results: Results) -> str:
     """Return the main comparison as Markdown."""
     lines = [
-        "| | s/step | sample | update | tokens/s | peak MB | faster, by token | memory | of limit |",
+        "| | s/step | sample | update | tokens/s | peak MB | faster per token | memory | limit |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, result in results.items():
