@@ -1,10 +1,15 @@
 """What a user reads while it runs: a bar over the steps and one line a step."""
 
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
+
+from grao_lightning.sampling.draw import Progress
 
 # column: name of the step's value, its format
 _COLUMNS = {
@@ -17,6 +22,9 @@ _COLUMNS = {
     "cut off": ("completions/clipped_ratio", "{:.0%}"),
     "dead groups": ("frac_reward_zero_std", "{:.0%}"),
 }
+
+# Between two looks at how far sampling is: shorter waits need none, and drawing takes time.
+_SECONDS_BETWEEN = 0.2
 
 
 class StepProgressBar(TQDMProgressBar):
@@ -48,6 +56,35 @@ class StepProgressBar(TQDMProgressBar):
         self.train_progress_bar.refresh()
         if self.every_n_steps and step % self.every_n_steps == 0 and trainer.is_global_zero:
             self.print(step_line(step, trainer.max_steps, pl_module.step_values))
+
+    @contextmanager
+    def sampling(self, num_rows: int, longest: int) -> Iterator[Progress | None]:
+        """Give what shows, in place of the bar's description, how far sampling is; then clear it.
+
+        Args:
+            num_rows: Completions to be sampled.
+            longest: Most tokens of a completion.
+        """
+        bar = self.train_progress_bar if self.trainer.training else self.val_progress_bar
+        if bar.disable:
+            yield None
+            return
+        resting = bar.desc
+        drawn_at = time.monotonic()
+
+        def show(tokens: int, running: int) -> None:
+            nonlocal drawn_at
+            if time.monotonic() - drawn_at >= _SECONDS_BETWEEN:
+                bar.set_description(
+                    f"Sampling {tokens}/{longest} tokens, {running} of {num_rows} rows left"
+                )
+                drawn_at = time.monotonic()
+
+        try:
+            yield show
+        finally:
+            if bar.desc != resting:
+                bar.set_description_str(resting)
 
     def print(self, *lines: Any, sep: str = " ", **_: Any) -> None:
         """Print above the bar, or plainly where no bar is drawn."""

@@ -1,17 +1,19 @@
 """Samples the completions of every prompt before its step."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from grao_lightning.batch import Completions, PromptBatch
+from grao_lightning.callbacks.console import StepProgressBar
 from grao_lightning.callbacks.phase import RareWarning, phase
 from grao_lightning.faults import Faults
 from grao_lightning.models import eos_ids
 from grao_lightning.randomness import run_seed
 from grao_lightning.sampling.completions import sample_completions
-from grao_lightning.sampling.draw import SamplingSettings, Stream, row_uniforms
+from grao_lightning.sampling.draw import Progress, SamplingSettings, Stream, row_uniforms
 
 
 class GroupSampling(Callback):
@@ -87,7 +89,7 @@ class GroupSampling(Callback):
         with phase(trainer, batch, "sample"):
             step = trainer.global_step
             uniforms = self._uniforms(batch, "train", step, self.group_size)
-            batch.completions = self._sample(pl_module, pl_module.policy, batch, uniforms)
+            batch.completions = self._sample(trainer, pl_module, pl_module.policy, batch, uniforms)
         self._note(batch.completions, batch, step)
 
     def on_validation_batch_start(
@@ -101,13 +103,15 @@ class GroupSampling(Callback):
         """Sample one completion of every prompt from the policy and, once, from the base."""
         with phase(trainer, batch, "sample"):
             uniforms = self._uniforms(batch, "validation", 0, 1)
-            batch.completions = self._sample(pl_module, pl_module.policy, batch, uniforms)
+            batch.completions = self._sample(trainer, pl_module, pl_module.policy, batch, uniforms)
             if pl_module.reference_model is None:
                 return
             key = tuple(batch.indices)
             if key not in self._base_completions:
                 base = pl_module.reference_model
-                self._base_completions[key] = self._sample(pl_module, base, batch, uniforms)
+                self._base_completions[key] = self._sample(
+                    trainer, pl_module, base, batch, uniforms
+                )
             batch.base_completions = self._base_completions[key]
 
     def _uniforms(self, batch: PromptBatch, stream: Stream, step: int, group_size: int) -> list:
@@ -117,16 +121,23 @@ class GroupSampling(Callback):
         ]
 
     def _sample(
-        self, pl_module: Any, model: Any, batch: PromptBatch, uniforms: list
+        self, trainer: Trainer, pl_module: Any, model: Any, batch: PromptBatch, uniforms: list
     ) -> Completions:
-        return sample_completions(
-            model,
-            pl_module.tokenizer,
-            batch.prompt_ids,
-            uniforms,
-            self._settings_for(pl_module),
-            rows_at_once=self.rows_at_once,
-        )
+        bar = trainer.progress_bar_callback
+        num_rows = sum(len(numbers) for numbers in uniforms)
+        shown: AbstractContextManager[Progress | None] = nullcontext()
+        if isinstance(bar, StepProgressBar):
+            shown = bar.sampling(num_rows, self.max_new_tokens)
+        with shown as progress:
+            return sample_completions(
+                model,
+                pl_module.tokenizer,
+                batch.prompt_ids,
+                uniforms,
+                self._settings_for(pl_module),
+                rows_at_once=self.rows_at_once,
+                progress=progress,
+            )
 
     def _settings_for(self, pl_module: Any) -> SamplingSettings:
         if self._settings is None:

@@ -1,6 +1,6 @@
 """Completions of groups: sampled on the fast path where the model allows it, else by generate."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from grao_lightning.batch import Completions, TokenIds
-from grao_lightning.sampling.draw import SamplingSettings, draw_tokens
+from grao_lightning.sampling.draw import Progress, SamplingSettings, draw_tokens
 from grao_lightning.sampling.generate import generate_rows
 from grao_lightning.sampling.shared_prompt import decode_groups
 from grao_lightning.sharing import shares_prompts
@@ -23,7 +23,7 @@ def sample_completions(
     settings: SamplingSettings,
     *,
     rows_at_once: int,
-    progress: Callable[[int], None] = lambda rows: None,
+    progress: Progress | None = None,
 ) -> Completions:
     """Return G completions of every prompt, in prompt-major order.
 
@@ -34,7 +34,8 @@ def sample_completions(
         uniforms: B tensors [G, max_new_tokens] of `row_uniforms`.
         settings: How tokens are drawn.
         rows_at_once: Most rows decoded together, but at least one group; bounds the cache.
-        progress: Called with the number of rows finished so far.
+        progress: Told after each position of the rows decoded together; rows that wait for their
+            turn count as not ended.
     """
     group_size = len(uniforms[0])
     prompts_at_once = max(1, rows_at_once // group_size)
@@ -46,14 +47,20 @@ def sample_completions(
         for start in range(0, len(prompt_ids), prompts_at_once):
             part = slice(start, start + prompts_at_once)
             numbers = torch.cat(list(uniforms[part]))
+            waiting = len(prompt_ids[part.stop :]) * group_size
 
             def draw(
                 rows: Tensor, position: int, logits: Tensor, numbers: Tensor = numbers
             ) -> Tensor:
                 return draw_tokens(logits, numbers[rows, position], settings)
 
-            ids += decode(model, prompt_ids[part], group_size, settings.max_new_tokens, draw, ended)
-            progress(len(ids))
+            def report(tokens: int, running: int, waiting: int = waiting) -> None:
+                if progress is not None:
+                    progress(tokens, running + waiting)
+
+            ids += decode(
+                model, prompt_ids[part], group_size, settings.max_new_tokens, draw, ended, report
+            )
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     return Completions(
         ids=ids,

@@ -18,6 +18,8 @@ Stream = Literal["train", "validation"]
 Draw = Callable[[Tensor, int, Tensor], Tensor]
 #: (number of the row, its tokens so far) -> whether it has ended
 Ended = Callable[[int, list[int]], bool]
+#: (tokens of the longest completion so far, rows that have not ended); called after each position
+Progress = Callable[[int, int], None]
 
 _BLOCK = 256
 _STREAM_NUMBERS: dict[Stream, int] = {"train": 0, "validation": 1}

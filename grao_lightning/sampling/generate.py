@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from grao_lightning.batch import TokenIds
-from grao_lightning.sampling.draw import Draw, Ended
+from grao_lightning.sampling.draw import Draw, Ended, Progress
 
 
 def generate_rows(
@@ -17,6 +17,7 @@ def generate_rows(
     max_new_tokens: int,
     draw: Draw,
     ended: Ended,
+    report: Progress,
 ) -> list[TokenIds]:
     """Return G completions of every prompt, prompt-major; every row reads its own prompt.
 
@@ -27,6 +28,7 @@ def generate_rows(
         max_new_tokens: Longest completion.
         draw: (row numbers [N], position, logits [N, V]) -> tokens [N].
         ended: (row number, its tokens) -> whether it is over.
+        report: Told after each position; no row runs on after the last.
     """
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
@@ -36,7 +38,11 @@ def generate_rows(
     padding = [width - len(prompt) for prompt in rows]
     ids = torch.tensor([[0] * pad + row for pad, row in zip(padding, rows, strict=True)])
     mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in padding])
-    recorder = _Recorder(len(rows), width, draw, ended)
+
+    def report_position(tokens: int, running: int) -> None:
+        report(tokens, running if tokens < max_new_tokens else 0)
+
+    recorder = _Recorder(len(rows), width, draw, ended, report_position)
     model.generate(
         input_ids=ids.to(device),
         attention_mask=mask.to(device),
@@ -56,12 +62,15 @@ class _Recorder:
     padding id may be an end-of-sequence id, or any token.
     """
 
-    def __init__(self, num_rows: int, width: int, draw: Draw, ended: Ended) -> None:
+    def __init__(
+        self, num_rows: int, width: int, draw: Draw, ended: Ended, report: Progress
+    ) -> None:
         self.completions: list[TokenIds] = [[] for _ in range(num_rows)]
         self._rows = torch.arange(num_rows)
         self._width = width
         self._draw = draw
         self._ended = ended
+        self._report = report
         self._done = [False] * num_rows
 
     def draw(self, ids: Tensor, logits: Tensor) -> Tensor:
@@ -75,4 +84,5 @@ class _Recorder:
             if not self._done[number]:
                 self.completions[number].append(token)
                 self._done[number] = self._ended(number, self.completions[number])
+        self._report(ids.shape[1] - self._width, self._done.count(False))
         return torch.tensor(self._done, device=ids.device)

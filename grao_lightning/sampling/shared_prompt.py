@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 from grao_lightning.attention import flash, merge, under_autocast
 from grao_lightning.batch import TokenIds
 from grao_lightning.head import head_of
-from grao_lightning.sampling.draw import Draw, Ended
+from grao_lightning.sampling.draw import Draw, Ended, Progress
 
 # Moving the survivors' caches together costs a copy, so it waits until it frees a quarter of them.
 _WORTH_MOVING = 0.75
@@ -28,6 +28,7 @@ def decode_groups(
     max_new_tokens: int,
     draw: Draw,
     ended: Ended,
+    report: Progress,
 ) -> list[TokenIds]:
     """Return G completions of every prompt, prompt-major.
 
@@ -38,6 +39,7 @@ def decode_groups(
         max_new_tokens: Longest completion.
         draw: Chooses tokens from logits.
         ended: Tells whether a completion is over after its newest token.
+        report: Told after each position; no row runs on after the last.
     """
     completions: list[TokenIds] = [[] for _ in range(len(prompts) * group_size)]
     groups = _Groups(prompts, group_size, max_new_tokens)
@@ -51,9 +53,11 @@ def decode_groups(
                 completions[row].append(token)
                 groups.done[row] = ended(row, completions[row])
             alive.append(not groups.done[row])
-        if not any(alive) or position == max_new_tokens - 1:
+        running = sum(alive) if position < max_new_tokens - 1 else 0
+        report(position + 1, running)
+        if not running:
             break
-        if sum(alive) <= _WORTH_MOVING * len(alive):
+        if running <= _WORTH_MOVING * len(alive):
             kept = torch.tensor(alive).nonzero()[:, 0]
             groups.keep(kept)
             tokens = tokens[kept]

@@ -1,15 +1,22 @@
 """What a user reads while a run goes on."""
 
 import html
+import io
+import re
 import sys
+from types import SimpleNamespace
 
 import torch
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from grao_lightning.batch import Completions, PromptBatch
+from grao_lightning.callbacks import console
 from grao_lightning.callbacks.console import StepProgressBar, step_line
 from grao_lightning.callbacks.panels import completion_table
 from grao_lightning.callbacks.phase import RareWarning
 from tests.runs import fit, stages
+
+SAMPLING = re.compile(r"Sampling (\d+)/12 tokens, (\d+) of (\d+) rows left")
 
 
 def test_a_step_is_one_line_with_the_figures_that_matter():
@@ -78,6 +85,11 @@ def test_the_text_panel_shows_every_text_as_one_cell():
     assert html.escape(texts[2]) in rows[4]
 
 
+def pretend_a_terminal(monkeypatch) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+
+
 def test_under_a_terminal_a_bar_counts_the_steps_and_in_a_file_there_is_none(
     tmp_path, capsys, monkeypatch
 ):
@@ -86,8 +98,71 @@ def test_under_a_terminal_a_bar_counts_the_steps_and_in_a_file_there_is_none(
         return "".join(capsys.readouterr())
 
     assert "Training:" not in output()
-    for stream in (sys.stdout, sys.stderr):
-        monkeypatch.setattr(stream, "isatty", lambda: True)
+    pretend_a_terminal(monkeypatch)
     shown = output()
     assert "Training:" in shown and "| 3/3 [" in shown
     assert "Epoch" not in shown
+
+
+def shown_by_a_run(tmp_path, capsys) -> str:
+    """Return what a run of one step, with validation before and after it, writes."""
+    fit(
+        tmp_path,
+        data={"prompts_per_step": 2, "validation_batch_size": 8},
+        callbacks=[*stages(), StepProgressBar()],
+        enable_progress_bar=True,
+        max_steps=1,
+        num_sanity_val_steps=1,
+        limit_val_batches=1,
+        val_check_interval=1,
+    )
+    return "".join(capsys.readouterr())
+
+
+def test_the_bar_shows_how_far_sampling_is_wherever_a_run_samples_and_clears_it(
+    tmp_path, capsys, monkeypatch
+):
+    pretend_a_terminal(monkeypatch)
+    monkeypatch.setattr(console, "_SECONDS_BETWEEN", 0.0)
+    frames = shown_by_a_run(tmp_path, capsys).replace("\n", "\r").split("\r")
+    stages_seen, last = [], ""
+    for frame in frames:
+        if shown := SAMPLING.match(frame):
+            tokens, running, num_rows = map(int, shown.groups())
+            assert 1 <= tokens <= 12 and 0 <= running <= num_rows
+            if tokens == 1:
+                stages_seen.append((last.split(":")[0], num_rows))
+        else:
+            last = frame if ":" in frame else last
+    # Policy and base before training; two prompts with four completions; the policy once more.
+    assert stages_seen == [
+        ("Sanity Checking", 8),
+        ("Sanity Checking", 8),
+        ("Training", 8),
+        ("Validation", 8),
+    ]
+    finished = [frame for frame in frames if "| 1/1 [" in frame]
+    assert finished and not any(map(SAMPLING.match, finished))
+
+
+def test_a_bar_is_drawn_anew_at_most_five_times_a_second_and_not_for_a_short_wait(monkeypatch):
+    seconds = 0.0
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: seconds))
+    bar, terminal = StepProgressBar(), io.StringIO()
+    bar._trainer = SimpleNamespace(training=True)
+    bar.train_progress_bar = Tqdm(total=1, desc="Training", file=terminal)
+    before = terminal.getvalue()
+    for longest, drawn in [(2, []), (16, [4, 8, 12, 16])]:
+        with bar.sampling(num_rows=3, longest=longest) as progress:
+            for tokens in range(1, longest + 1):
+                seconds += 1 / 16  # so that every fourth position comes 0.25 s after the last drawn
+                progress(tokens, 2)
+        shown = re.findall(r"Sampling (\d+)/", terminal.getvalue())
+        assert list(map(int, shown)) == drawn
+        assert drawn or terminal.getvalue() == before
+        assert bar.train_progress_bar.desc == "Training"
+
+
+def test_nothing_is_shown_of_sampling_where_no_bar_is_drawn(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(console, "_SECONDS_BETWEEN", 0.0)
+    assert "Sampling" not in shown_by_a_run(tmp_path, capsys)

@@ -17,7 +17,7 @@ from grao_lightning.sampling.draw import SamplingSettings, row_uniforms
 
 def trainer_at(step: int) -> SimpleNamespace:
     precision = SimpleNamespace(forward_context=nullcontext)
-    return SimpleNamespace(global_step=step, precision_plugin=precision)
+    return SimpleNamespace(global_step=step, precision_plugin=precision, progress_bar_callback=None)
 
 
 def prompts(*indices: int) -> PromptBatch:

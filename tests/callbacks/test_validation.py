@@ -24,10 +24,10 @@ def finished(tmp_path_factory):
     sampled: list[str] = []
 
     class Counted(GroupSampling):
-        def _sample(self, pl_module, model, batch, uniforms):
+        def _sample(self, trainer, pl_module, model, batch, uniforms):
             who = "base" if model is pl_module.reference_model else "policy"
             sampled.append(f"{who} {len(uniforms[0])}")
-            return super()._sample(pl_module, model, batch, uniforms)
+            return super()._sample(trainer, pl_module, model, batch, uniforms)
 
     _, *others = stages()
     module = fit(

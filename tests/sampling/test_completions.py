@@ -1,4 +1,4 @@
-"""Completions through generate: independent of their batch, ended by every rule."""
+"""Completions: independent of their batch, ended by every rule, told of as they grow."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ import torch
 from grao_lightning.embedded.base import keyword_tokenizer
 from grao_lightning.sampling.completions import generation_mode, sample_completions
 from grao_lightning.sampling.draw import SamplingSettings, row_uniforms
+from grao_lightning.sharing import share_prompts
 from tests.conftest import tiny_model
 
 G, T = 3, 10
@@ -13,13 +14,19 @@ PROMPTS = [[1, 5, 6, 7, 8, 2], [1, 9, 2], [1, 10, 11, 12, 2]]
 END = 3
 
 
-def completions(model, prompts=PROMPTS, rows_at_once=100, first_index=0, **options):
+def completions(model, prompts=PROMPTS, rows_at_once=100, first_index=0, progress=None, **options):
     settings = SamplingSettings(**{"max_new_tokens": T, "eos_ids": (END,), **options})
     uniforms = [
         row_uniforms(0, "train", 0, first_index + number, G, T) for number in range(len(prompts))
     ]
     return sample_completions(
-        model, keyword_tokenizer(), prompts, uniforms, settings, rows_at_once=rows_at_once
+        model,
+        keyword_tokenizer(),
+        prompts,
+        uniforms,
+        settings,
+        rows_at_once=rows_at_once,
+        progress=progress,
     )
 
 
@@ -118,3 +125,23 @@ def test_the_first_of_several_stop_strings_ends_the_text(model):
     assert completions(model, eos_ids=(), stop_strings=nested).texts[0].strip() == " ".join(
         words[:2]
     )
+
+
+@pytest.mark.parametrize("eos_ids", [(), tuple(range(3, 12))], ids=["all cut off", "most end"])
+@pytest.mark.parametrize("shared", [False, True], ids=["generate", "shared"])
+def test_progress_tells_after_each_position_how_many_rows_have_not_ended(shared, eos_ids):
+    model = tiny_model("Llama", vocab_size=36)
+    assert not shared or share_prompts(model)
+    told = []
+    sampled = completions(
+        model, eos_ids=eos_ids, progress=lambda *now: told.append(now), rows_at_once=2 * G
+    )
+    lengths = [len(ids) for ids in sampled.ids]
+    expected = []
+    for part in (lengths[: 2 * G], lengths[2 * G :]):  # two prompts at once, then the third
+        waiting = len(lengths) - 2 * G if len(part) == 2 * G else 0
+        for tokens in range(1, max(part) + 1):
+            expected.append((tokens, waiting + sum(length > tokens for length in part)))
+    assert told == expected
+    assert told[-1] == (max(lengths[2 * G :]), 0)
+    assert (len(set(lengths)) > 1) == bool(eos_ids)
