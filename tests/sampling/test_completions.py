@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from scipy import stats
 
 from grao_lightning.embedded.base import keyword_tokenizer
 from grao_lightning.sampling.completions import generation_mode, sample_completions
@@ -145,3 +146,42 @@ def test_progress_tells_after_each_position_how_many_rows_have_not_ended(shared,
     assert told == expected
     assert told[-1] == (max(lengths[2 * G :]), 0)
     assert (len(set(lengths)) > 1) == bool(eos_ids)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.3])
+@pytest.mark.parametrize("shared", [False, True], ids=["generate", "shared"])
+def test_sampled_tokens_follow_the_models_softmax_of_logits_over_temperature(shared, temperature):
+    """First tokens, then second tokens given the first, against the model read row by row.
+
+    The seed is fixed, so the test cannot fail by chance now and then; with another seed a right
+    sampler would fall below 1e-4 with that chance, once for each of about 25 p-values.
+    """
+    vocabulary, draws = 12, 6000
+    model = tiny_model("Llama", vocab_size=vocabulary)
+    assert not shared or share_prompts(model)
+    settings = SamplingSettings(max_new_tokens=2, temperature=temperature)
+    prompts = [[1, 5, 6, 7, 2], [4, 3]]  # uneven, so that one of them is padded
+    uniforms = [row_uniforms(0, "train", 0, number, draws, 2) for number in range(len(prompts))]
+    sampled = sample_completions(
+        model, keyword_tokenizer(), prompts, uniforms, settings, rows_at_once=2 * draws
+    )
+    pairs = torch.tensor(sampled.ids).view(len(prompts), draws, 2)
+
+    def pvalue(context: list[int], drawn: torch.Tensor) -> float:
+        with torch.no_grad():
+            logits = model(torch.tensor([context]), use_cache=False).logits[0, -1].double()
+        expected = torch.softmax(logits / temperature, dim=0) * len(drawn)
+        counts = torch.bincount(drawn, minlength=vocabulary)
+        often = expected >= 5  # chi-square needs that many; the rest is one class
+        classes = [
+            torch.cat([part[often], part[~often].sum()[None]]) for part in (counts, expected)
+        ]
+        counts, expected = (part[classes[1] > 0] for part in classes)
+        return stats.chisquare(counts, expected).pvalue
+
+    for prompt, first, second in zip(prompts, pairs[..., 0], pairs[..., 1], strict=True):
+        assert pvalue(prompt, first) > 1e-4
+        common = [token for token in range(vocabulary) if (first == token).sum() >= 200]
+        assert len(common) >= 4, "second tokens need enough draws behind several first ones"
+        for token in common:
+            assert pvalue([*prompt, token], second[first == token]) > 1e-4
