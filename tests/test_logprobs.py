@@ -313,6 +313,67 @@ def test_logprobs_of_a_half_precision_model_are_not_rounded_to_it():
     assert (flat != flat.bfloat16()).any()
 
 
+def routing_margin(model, row: TokenRow) -> float:
+    """Return by how much the last expert chosen is ahead of the first one left out, at the least.
+
+    In logits, over all tokens and layers; infinite in a model without experts.
+    """
+    margins = [torch.tensor([math.inf])]
+
+    def note(router, inputs, outputs) -> None:
+        falling = outputs[0].sort(dim=-1, descending=True).values
+        margins.append(falling[:, router.top_k - 1] - falling[:, router.top_k])
+
+    routers = [part for part in model.modules() if hasattr(part, "top_k") and part._parameters]
+    hooks = [router.register_forward_hook(note) for router in routers]
+    with torch.no_grad():
+        model(torch.tensor([row.prompt_ids + row.answer_ids]))
+    for hook in hooks:
+        hook.remove()
+    return torch.cat(margins).min().item()
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3", "Mixtral", "Gemma"])
+def test_bfloat16_gradients_of_packs_are_as_near_to_float32_as_those_of_padded_rows(family):
+    """Distance from the float32 gradient of the same bfloat16 weights, by the gradient's norm.
+
+    Measured over these sets of coefficients: packed 0.012 to 0.024, padded 0.010 to 0.028, their
+    ratio 0.74 to 1.26; of a single parameter at most 0.044 packed, 0.040 padded.
+
+    Of Mixtral only rows whose experts are clear in float32 take part. Where two experts are nearly
+    even, rounding decides between them, in packed and padded rows alike: with all rows packed was
+    up to 0.042 off where padded was 0.014.
+    """
+    exact_model = tiny_model(family).bfloat16().float()
+    rows = [row for row in grouped_rows() if routing_margin(exact_model, row) > 0.05]
+    assert len(rows) >= 9
+
+    def gradients(model, coefficients: torch.Tensor) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        token_logprobs(model, rows, weigh=by_rows(rows, coefficients)).loss.backward()
+        return {name: p.grad.double() for name, p in model.named_parameters()}
+
+    padded_model, packed_model = tiny_model(family).bfloat16(), tiny_model(family)
+    assert share_prompts(packed_model)  # before rounding, which its trial would take for a fault
+    packed_model.bfloat16()
+    generator = torch.Generator().manual_seed(1)
+    for coefficients in [
+        torch.linspace(-1, 1, len(rows)),
+        *torch.randn(2, len(rows), generator=generator),
+    ]:
+        exact = gradients(exact_model, coefficients)
+        size = torch.stack([part.norm() for part in exact.values()])
+
+        def distances(model, exact=exact, coefficients=coefficients) -> torch.Tensor:
+            found = gradients(model, coefficients)
+            return torch.stack([(found[name] - exact[name]).norm() for name in exact])
+
+        padded, packed = distances(padded_model), distances(packed_model)
+        assert packed.norm() <= 1.5 * padded.norm() + 0.002 * size.norm()
+        assert packed.norm() <= 0.04 * size.norm()
+        assert (packed <= 0.08 * size + 1e-6).all()
+
+
 def test_the_heads_gradient_is_summed_up_in_float32(monkeypatch):
     """In bfloat16 a sum of ones stays at 256."""
     monkeypatch.setattr("grao_lightning.head.CHUNK_TOKENS", 1)
