@@ -12,6 +12,7 @@ from grao_lightning.logprobs import split_padded, token_logprobs
 from grao_lightning.packing import pack_rows, riders, split_into_packs
 from grao_lightning.sharing import share_prompts
 from tests.conftest import VOCABULARY, tiny_model
+from tests.memory import peak_memory
 
 FAMILIES = ["Llama", "Qwen2", "Mixtral"]
 
@@ -155,6 +156,24 @@ def test_logits_of_the_vocabulary_exist_for_one_chunk_only(monkeypatch, shared):
         token_logprobs(model, rows, weigh=lambda part, logprobs: logprobs).loss.backward()
     # The head's gradient, V * H, is the largest; the logits of all tokens would be 15 times that.
     assert seen.largest == 5000 * 32
+
+
+def test_the_heads_memory_does_not_grow_with_vocabulary_times_tokens():
+    """A further token costs its state's gradient and two figures, [H] + 2 floats, and no logits."""
+    hidden, vocabulary, tokens = 16, 4096, 1024
+
+    def extra_bytes(tokens: int) -> int:
+        states = torch.zeros(tokens, hidden, requires_grad=True)
+        head = Head(torch.zeros(vocabulary, hidden, requires_grad=True))
+        targets = torch.zeros(tokens, dtype=torch.long)
+        with peak_memory() as peak:
+            head_loss(states, head, targets, 1.0, lambda _, logprobs: logprobs)[0].backward()
+        return peak.extra_bytes
+
+    growth = extra_bytes(2 * tokens) - extra_bytes(tokens)
+    by_hand = tokens * (hidden + 2) * 4
+    assert by_hand <= growth <= 1.5 * by_hand
+    assert growth < tokens * vocabulary * 4 / 100
 
 
 def test_a_head_that_is_not_understood_falls_back_to_the_models_own_logits(caplog):
