@@ -343,8 +343,8 @@ def test_memory_of_the_update_grows_with_micro_batch_tokens_and_not_with_the_gro
 ):
     """Every group here is larger than every budget, so that micro-batches are full.
 
-    Measured: four times the group 1.09 (packed) and 1.01 (padded) times the memory, which is the figures
-    kept of every token; twice the budget 1.81 to 1.89 times, short of 2 by the gradients.
+    Measured: four times the group 1.09 (packed) and 1.01 (padded) times the memory, which is the
+    figures kept of every token; twice the budget 1.81 to 1.89 times, short of 2 by the gradients.
     """
 
     def extra_bytes(budget: int, group_size: int) -> int:
