@@ -85,15 +85,11 @@ def end_never(folder: Path, rows: Path) -> None:
     )
     likeliest = torch.zeros(model.config.vocab_size)
     for line in rows.read_text().splitlines():
+        prompt = _tokens(tokenizer, json.loads(line)["prompt"])
         with torch.no_grad():
-            logits = model(torch.tensor([prompt_tokens(tokenizer, line)])).logits[0]
+            logits = model(torch.tensor([prompt])).logits[0]
         likeliest = torch.maximum(likeliest, logits.softmax(-1).amax(0))
     _end_with(folder, int(likeliest.argmin()))
-
-
-def prompt_tokens(tokenizer: Any, line: str) -> list[int]:
-    """Return the prompt of a line of the rows' file as the model reads it."""
-    return _tokens(tokenizer, json.loads(line)["prompt"])
 
 
 def _end_with(folder: Path, token: int) -> None:
