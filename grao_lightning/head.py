@@ -15,6 +15,8 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 CHUNK_TOKENS = 128
+#: Rows of the weight's gradient that are summed up together in low precision
+_BLOCK_ROWS = 8192
 
 #: (slice of the tokens, their log-probabilities) -> their weights in the loss
 Weigh = Callable[[slice, Tensor], Tensor]
@@ -114,9 +116,10 @@ class _HeadLoss(torch.autograd.Function):
                 part = slice(start, min(start + CHUNK_TOKENS, len(targets)))
                 chunk = states[part].to(dtype)
                 logits = head.logits(chunk).to(exact)
-                everyone = torch.log_softmax(logits / temperature, dim=-1)
+                capped = None if cap is None else (logits / cap).square_().neg_().add_(1)
+                everyone = torch.log_softmax(logits.div_(temperature), dim=-1)
                 logprobs[part] = everyone.gather(1, targets[part, None])[:, 0]
-                probabilities = everyone.exp()
+                probabilities = torch.exp(everyone, out=logits)
                 everyone.mul_(probabilities).nan_to_num_(0.0)
                 entropies[part] = -everyone.sum(dim=-1)
                 if weigh is None:
@@ -127,8 +130,8 @@ class _HeadLoss(torch.autograd.Function):
                 gradient = probabilities.mul_(weights)
                 gradient.scatter_add_(1, targets[part, None], -weights)
                 gradient.mul_(scale / temperature)
-                if cap is not None:
-                    gradient.mul_(1 - (logits / cap).square())
+                if capped is not None:
+                    gradient.mul_(capped)
                 lowered_gradient = gradient.to(dtype)
                 to_states[part] = (lowered_gradient @ lowered).to(states.dtype)
                 if to_weight is None:
@@ -136,7 +139,9 @@ class _HeadLoss(torch.autograd.Function):
                 elif dtype == exact:
                     to_weight.addmm_(lowered_gradient.t(), chunk)
                 else:
-                    to_weight += lowered_gradient.t() @ chunk
+                    for first in range(0, len(to_weight), _BLOCK_ROWS):
+                        block = slice(first, first + _BLOCK_ROWS)
+                        to_weight[block] += lowered_gradient[:, block].t() @ chunk
                 if to_bias is not None:
                     to_bias += gradient.sum(dim=0)
                 loss -= (weights[:, 0] * logprobs[part]).sum()
