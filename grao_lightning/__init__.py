@@ -11,6 +11,9 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "GRAOModule": "grao_lightning.modules.grao",
+    "GRPOModule": "grao_lightning.modules.grpo",
+    "PPOModule": "grao_lightning.modules.ppo",
+    "DPOModule": "grao_lightning.modules.dpo",
     "SFTModule": "grao_lightning.modules.sft",
     "PromptDataModule": "grao_lightning.data.datamodule",
     "GroupSampling": "grao_lightning.callbacks.sampling",

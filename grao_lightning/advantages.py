@@ -9,17 +9,19 @@ import torch
 from torch import Tensor
 
 GroupStatistics = Literal["inside", "outside", "split"]
+GroupScale = Literal["population_std", "sample_std", "none"]
 
 
 def group_advantages(
     rewards: Tensor,
     *,
     statistics: GroupStatistics = "inside",
+    scale: GroupScale = "population_std",
     tolerance: float = 1e-6,
 ) -> Tensor:
     """Return the advantage of every completion and of the reference answer within its group.
 
-    ``A = (R - mean) / std`` with the population standard deviation, per group.
+    ``A = (R - mean) / std``, per group.
 
     Source: arXiv 2508.07750, equation 4. The paper leaves open whose rewards enter mean and std:
 
@@ -35,14 +37,17 @@ def group_advantages(
         rewards: [B, G+1] floating, any unit, reference answer last. NaN means missing: such a
             member is left out of the statistics and gets advantage 0.
         statistics: Whose rewards make mean and standard deviation.
+        scale: What divides: "population_std" (GRAO), "sample_std" (the sample standard deviation
+            + 1e-4, as TRL's GRPO) or "none" (Dr. GRPO, arXiv 2503.20783).
         tolerance: In the unit of the rewards. Largest spread (maximum minus minimum) that still
             counts as equal.
 
     Returns:
-        [B, G+1], same dtype, unitless.
+        [B, G+1], same dtype; unitless, or with "none" in the unit of the rewards.
 
     Raises:
-        ValueError: ``statistics`` is none of the above, or rewards are not [B, G+1] with G >= 1.
+        ValueError: ``statistics`` or ``scale`` is none of the above, or rewards are not [B, G+1]
+            with G >= 1.
 
     Example:
         One completion of three beats the reference answer, the others tie with it:
@@ -58,29 +63,37 @@ def group_advantages(
         raise ValueError(
             f"statistics must be one of {', '.join(get_args(GroupStatistics))}; got {statistics!r}"
         )
+    if scale not in get_args(GroupScale):
+        raise ValueError(f"scale must be one of {', '.join(get_args(GroupScale))}; got {scale!r}")
     precise = rewards.double()  # fp32 sums would leave a residue in groups of equal rewards
     everyone = torch.ones_like(precise, dtype=torch.bool)
     completions = everyone.clone()
     completions[:, -1] = False
     if statistics == "inside":
-        advantages = _standardised(precise, everyone, tolerance)
+        advantages = _standardised(precise, everyone, scale, tolerance)
     else:
-        advantages = _standardised(precise, completions, tolerance)
+        advantages = _standardised(precise, completions, scale, tolerance)
         if statistics == "split":
-            advantages[:, -1] = _standardised(precise, everyone, tolerance)[:, -1]
+            advantages[:, -1] = _standardised(precise, everyone, scale, tolerance)[:, -1]
     return advantages.to(rewards.dtype)
 
 
-def _standardised(rewards: Tensor, counted: Tensor, tolerance: float) -> Tensor:
-    """Return (R - mean) / std, the statistics over present members that ``counted`` marks."""
+def _standardised(rewards: Tensor, counted: Tensor, scale: GroupScale, tolerance: float) -> Tensor:
+    """Return (R - mean) / scale, the statistics over present members that ``counted`` marks."""
     present = ~rewards.isnan()
     counted = counted & present
     number = counted.sum(dim=1, keepdim=True).clamp(min=1)
     mean = rewards.where(counted, 0.0).sum(dim=1, keepdim=True) / number
     centred = rewards - mean
-    variance = centred.square().where(counted, 0.0).sum(dim=1, keepdim=True) / number
+    squares = centred.square().where(counted, 0.0).sum(dim=1, keepdim=True)
+    if scale == "none":
+        divisor = torch.ones_like(squares)
+    elif scale == "sample_std":
+        divisor = (squares / (number - 1).clamp(min=1)).sqrt() + 1e-4
+    else:
+        divisor = (squares / number).sqrt()
     highest = rewards.where(counted, -torch.inf).amax(dim=1, keepdim=True)
     lowest = rewards.where(counted, torch.inf).amin(dim=1, keepdim=True)
     informative = highest - lowest > tolerance  # -inf when nobody counts
-    advantages = centred / variance.sqrt().where(informative, 1.0)
+    advantages = centred / divisor.where(informative, 1.0)
     return advantages.where(informative & present, 0.0)

@@ -30,12 +30,14 @@ class Completions:
         texts: N decoded texts, without special tokens and without the stop string that ended them.
         truncated: N flags: True where the length limit ended the completion, not the policy.
         group_size: G.
+        max_tokens: The length limit.
     """
 
     ids: list[TokenIds]
     texts: list[str]
     truncated: list[bool]
     group_size: int
+    max_tokens: int = 0
 
     @property
     def lengths(self) -> Tensor:
@@ -66,6 +68,7 @@ class PromptBatch:
         prompts: B texts, conversations written as "\\n\\nHuman: ...\\n\\nAssistant:".
         reference_answer_ids: B ragged token id lists, end-of-turn token included.
         reference_answers: B texts.
+        rejected_answer_ids: B ragged token id lists, empty where a row has no rejected answer.
         columns: B dicts of the dataset's other columns, for reward functions.
         completions: By `GroupSampling`.
         base_completions: By `GroupSampling`, in validation: the untrained base on the same prompts.
@@ -73,12 +76,14 @@ class PromptBatch:
             last, NaN = missing.
         rewards_by_name: Each reward function's own [B, G+1].
         outcomes: [B, G] in {-1, 0, 1}: completion against the reference answer; NaN = missing.
+        compared: [B, G+1] by `GroupScoring`, what advantages are made of: outcomes and the
+            reference answer's own 0, or rewards; NaN = missing.
         base_rewards: [B] rewards of the base's completions, in validation.
         base_outcomes: [B] base completion against the reference answer, in validation.
         gain_outcomes: [B] policy's completion against the base's, in validation.
         advantages: [B, G+1] by `GroupScoring`, unitless, 0 = missing or no signal.
-        reference_model_logprobs: One [T] tensor a row (N completions, then B reference answers) by
-            `ReferenceAwareClipping`: token log-probabilities in nats under the reference model.
+        reference_model_logprobs: One [T] tensor a row that the module trains on, completions first,
+            by `ReferenceAwareClipping`: token log-probabilities in nats under the reference model.
         outward_limits: By `ReferenceAwareClipping` where its outward mask is on.
         policy_logprobs: As ``reference_model_logprobs``, under the policy, by the training step.
         statistics: What the stages measured, logged at the end of the step.
@@ -91,11 +96,13 @@ class PromptBatch:
     reference_answer_ids: list[TokenIds]
     reference_answers: list[str]
     columns: list[dict[str, Any]]
+    rejected_answer_ids: list[TokenIds] = field(default_factory=list)
     completions: Completions | None = None
     base_completions: Completions | None = None
     rewards: Tensor | None = None
     rewards_by_name: dict[str, Tensor] = field(default_factory=dict)
     outcomes: Tensor | None = None
+    compared: Tensor | None = None
     base_rewards: Tensor | None = None
     base_outcomes: Tensor | None = None
     gain_outcomes: Tensor | None = None
@@ -124,17 +131,31 @@ class PromptBatch:
         Raises:
             AssertionError: Nothing was sampled yet.
         """
+        return self.completion_rows() + self.reference_answer_rows()
+
+    def completion_rows(self) -> list["TokenRow"]:
+        """Return the rows of the N completions.
+
+        Raises:
+            AssertionError: Nothing was sampled yet.
+        """
         completions = self.completions
         assert completions is not None, "GroupSampling has not filled batch.completions"
-        rows = [
+        return [
             TokenRow(self.prompt_ids[number // completions.group_size], ids)
             for number, ids in enumerate(completions.ids)
         ]
-        return rows + self.reference_answer_rows()
 
     def reference_answer_rows(self) -> list["TokenRow"]:
         """Return B rows: each prompt with its reference answer."""
-        pairs = zip(self.prompt_ids, self.reference_answer_ids, strict=True)
+        return self._answer_rows(self.reference_answer_ids)
+
+    def rejected_answer_rows(self) -> list["TokenRow"]:
+        """Return B rows: each prompt with its rejected answer."""
+        return self._answer_rows(self.rejected_answer_ids)
+
+    def _answer_rows(self, answers: list[TokenIds]) -> list["TokenRow"]:
+        pairs = zip(self.prompt_ids, answers, strict=True)
         return [TokenRow(prompt, answer) for prompt, answer in pairs]
 
 

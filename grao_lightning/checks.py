@@ -38,6 +38,7 @@ def run_faults(trainer: Trainer, module: Any, data: Any, command: str | None) ->
         faults.add(*data.faults(trainer.world_size))
     faults.add(*_stage_faults(trainer, module.reference_model_source is not None))
     faults.add(*_trainer_faults(trainer, command))
+    faults.add(*_clipping_faults(trainer, module))
     faults.add(*_precision_faults(trainer, module))
     faults.add(*_monitor_faults(trainer, module))
     return faults
@@ -65,6 +66,23 @@ def _stage_faults(trainer: Trainer, has_reference_model: bool) -> Faults:
             faults.add(*callback.faults(has_reference_model))
         else:
             faults.add(*callback.faults())
+    return faults
+
+
+def _clipping_faults(trainer: Trainer, module: Any) -> Faults:
+    faults = Faults()
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for clipping in (part for part in callbacks if isinstance(part, ReferenceAwareClipping)):
+        if module.needs_reference_logprobs and clipping.drift_every != 1:
+            faults.add(
+                f"model.kl_weight needs clipping.drift_every=1; got {clipping.drift_every}: remove "
+                "it, or set model.kl_weight to 0"
+            )
+        if clipping.outward_mask and not module.heeds_outward_mask:
+            faults.add(
+                "clipping.outward_mask works on GRAOModule alone; got true with "
+                f"{type(module).__name__}: remove it"
+            )
     return faults
 
 

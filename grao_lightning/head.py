@@ -84,6 +84,22 @@ def head_loss(
     return result
 
 
+def weigh_by_gradient(loss: Callable[[slice, Tensor], Tensor]) -> Weigh:
+    """Return weights under which ``-sum_t w_t log p(t)`` has the gradient of a loss.
+
+    Args:
+        loss: (slice of the tokens, their log-probabilities) -> scalar.
+    """
+
+    def weigh(part: slice, logprobs: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaf = logprobs.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(loss(part, leaf), leaf)
+        return -gradient
+
+    return weigh
+
+
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -26,11 +26,13 @@ class TokenLogprobs:
     """Log-probabilities of the answer tokens of R rows, all rows behind one another.
 
     Attributes:
-        loss: Scalar ``-sum_t w_t log pi(t)``, the only part with a gradient; 0 without weights.
+        loss: Scalar ``-sum_t w_t log pi(t)``, with a gradient; 0 without weights.
         flat: [K] nats.
         entropy: [K] nats, of the whole next-token distribution.
         row: [K] long, the row each token belongs to.
         lengths: [R] long, answer tokens of each row.
+        states: [K, H] from which each token was predicted, with a gradient; None where the model's
+            head is unknown.
     """
 
     loss: Tensor
@@ -38,6 +40,7 @@ class TokenLogprobs:
     entropy: Tensor
     row: Tensor
     lengths: Tensor
+    states: Tensor | None
 
     def by_row(self) -> list[Tensor]:
         """Return one [T] tensor a row."""
@@ -63,6 +66,7 @@ def token_logprobs(
     *,
     temperature: float = 1.0,
     weigh: Weigh | None = None,
+    weigh_rows: bool = False,
 ) -> TokenLogprobs:
     """Return log pi(answer token | what stands before it) for every answer token of every row.
 
@@ -71,18 +75,70 @@ def token_logprobs(
         rows: R prompts with their answers; no answer may be empty.
         temperature: Divides the logits; 1 is the policy itself.
         weigh: (slice of [K], their log-probabilities) -> weight of each token in the loss.
+        weigh_rows: Whether a token's weight depends on other tokens: ``weigh`` is then called once,
+            with all of them, and the head is computed twice.
     """
     device = next(model.parameters()).device
     lengths = torch.tensor([len(row.answer_ids) for row in rows], device=device)
     row = torch.arange(len(rows), device=device).repeat_interleave(lengths)
     targets = torch.tensor([token for row in rows for token in row.answer_ids], device=device)
     head = head_of(model)
-    if head is not None:
-        states = _packed_states(model, rows) if shares_prompts(model) else _padded(model, rows)
-        loss, flat, entropy = head_loss(states, head, targets, temperature, weigh)
-    else:
+    if head is None:
         loss, flat, entropy = _full_loss(_padded(model, rows), targets, temperature, weigh)
-    return TokenLogprobs(loss, flat, entropy, row, lengths)
+        return TokenLogprobs(loss, flat, entropy, row, lengths, None)
+    states = _packed_states(model, rows) if shares_prompts(model) else _padded(model, rows)
+    if weigh is not None and weigh_rows:
+        _, flat, _ = head_loss(states.detach(), head, targets, temperature, None)
+        weights = weigh(slice(0, len(targets)), flat)
+        loss, flat, entropy = head_loss(
+            states, head, targets, temperature, lambda part, _: weights[part]
+        )
+    else:
+        loss, flat, entropy = head_loss(states, head, targets, temperature, weigh)
+    return TokenLogprobs(loss, flat, entropy, row, lengths, states)
+
+
+def frozen_logprobs(
+    model: Any, rows: Sequence[TokenRow], budget: int, *, temperature: float = 1.0
+) -> list[Tensor]:
+    """Return one [T] tensor a row, without gradients, micro-batch by micro-batch.
+
+    Args:
+        model: A Hugging Face causal language model.
+        rows: R prompts with their answers.
+        budget: Most tokens of a micro-batch.
+        temperature: Divides the logits.
+    """
+    found = [torch.empty(0)] * len(rows)
+    with torch.no_grad():
+        for micro_batch in split_by_tokens(model, rows, [False] * len(rows), budget):
+            chosen = [rows[number] for number in micro_batch.numbers]
+            computed = token_logprobs(model, chosen, temperature=temperature)
+            for number, logprobs in zip(micro_batch.numbers, computed.by_row(), strict=True):
+                found[number] = logprobs
+    return found
+
+
+def split_together(
+    model: Any, rows: Sequence[TokenRow], units: Sequence[Sequence[int]], budget: int
+) -> list[MicroBatch]:
+    """Return rows in micro-batches of at most ``budget`` tokens that keep each unit whole.
+
+    Args:
+        model: Decides the layout, packed or padded.
+        rows: All rows.
+        units: Numbers of the rows that belong together, such as the two of a pair.
+        budget: Most tokens of a micro-batch; a larger unit stands alone.
+    """
+    size = _packed_size if shares_prompts(model) else _padded_size
+    micro_batches: list[list[int]] = []
+    for unit in units:
+        joined = [*micro_batches[-1], *unit] if micro_batches else []
+        if joined and size([rows[number] for number in joined]) <= budget:
+            micro_batches[-1] = joined
+        else:
+            micro_batches.append([*unit])
+    return [MicroBatch(numbers, True) for numbers in micro_batches]
 
 
 def split_by_tokens(
@@ -126,6 +182,15 @@ def split_padded(rows: Sequence[TokenRow], numbers: Sequence[int], budget: int) 
         else:
             micro_batches.append([number])
     return micro_batches
+
+
+def _packed_size(rows: Sequence[TokenRow]) -> int:
+    prompts = {tuple(row.prompt_ids) for row in rows}
+    return sum(map(len, prompts)) + sum(len(row.answer_ids) - 1 for row in rows)
+
+
+def _padded_size(rows: Sequence[TokenRow]) -> int:
+    return len(rows) * max(map(len, rows))
 
 
 def at_least_float32(values: Tensor) -> Tensor:

@@ -1,5 +1,9 @@
 """Whole runs in a few seconds, for tests that look at what a run does."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +82,17 @@ def largest_difference(left: dict[str, torch.Tensor], right: dict[str, torch.Ten
     """Return the largest absolute difference of two policies' weights."""
     assert left.keys() == right.keys()
     return max((left[name] - right[name]).abs().max().item() for name in left)
+
+
+def two_ranks(folder: Path, *options: dict) -> dict:
+    """Run `tests.modules.two_ranks` and return what it found; weights.pt and others lie beside."""
+    script = Path(__file__).parent / "modules" / "two_ranks.py"
+    result = subprocess.run(
+        [sys.executable, script, folder, *map(json.dumps, options)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    return json.loads((folder / "norms.json").read_text())

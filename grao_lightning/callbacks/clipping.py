@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from grao_lightning.batch import OutwardLimits, PromptBatch
 from grao_lightning.callbacks.phase import phase
 from grao_lightning.faults import Faults
-from grao_lightning.logprobs import split_by_tokens, token_logprobs
+from grao_lightning.logprobs import frozen_logprobs
 from grao_lightning.objectives.clipping import capped_norm, token_drift
 
 
@@ -91,18 +91,12 @@ class ReferenceAwareClipping(Callback):
         if model is None or not due or batch.completions is None:
             return
         with phase(trainer, batch, "reference_model"):
-            rows = batch.group_rows()
-            logprobs = [torch.empty(0)] * len(rows)
-            frozen, budget = [False] * len(rows), pl_module.micro_batch_tokens
-            for micro_batch in split_by_tokens(model, rows, frozen, budget):
-                computed = token_logprobs(
-                    model,
-                    [rows[number] for number in micro_batch.numbers],
-                    temperature=pl_module.logprob_temperature,
-                )
-                for number, row in zip(micro_batch.numbers, computed.by_row(), strict=True):
-                    logprobs[number] = row
-            batch.reference_model_logprobs = logprobs
+            batch.reference_model_logprobs = frozen_logprobs(
+                model,
+                pl_module.rows(batch),
+                pl_module.micro_batch_tokens,
+                temperature=pl_module.logprob_temperature,
+            )
         if self.outward_mask:
             batch.outward_limits = OutwardLimits(1 - self.eps_low, 1 + self.eps_high)
 

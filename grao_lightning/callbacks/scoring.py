@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from grao_lightning.advantages import GroupStatistics, group_advantages
+from grao_lightning.advantages import GroupScale, GroupStatistics, group_advantages
 from grao_lightning.batch import Completions, PromptBatch
 from grao_lightning.callbacks.phase import RareWarning, phase
 from grao_lightning.faults import Faults, UserError
@@ -38,8 +38,10 @@ class GroupScoring(Callback):
             than, equal to or worse than the reference answer, whose own is 0, as the paper's judge
             gives them; "raw": the rewards themselves.
         tie_tolerance: In the rewards' unit: differences up to this are a tie.
-        statistics: Whose rewards make a group's mean and standard deviation; see
-            `group_advantages`.
+        statistics: Whose rewards make a group's mean and standard deviation, see
+            `group_advantages`; null = the method's own choice (GRAO: inside, GRPO: outside).
+        scale: What divides a group's centred rewards, see `group_advantages`; null = the method's
+            own choice (GRAO: population_std, GRPO: sample_std).
     """
 
     def __init__(
@@ -47,12 +49,14 @@ class GroupScoring(Callback):
         rewards: list[RewardSpec],
         comparison: Comparison = "pairwise",
         tie_tolerance: float = 0.0,
-        statistics: GroupStatistics = "inside",
+        statistics: GroupStatistics | None = None,
+        scale: GroupScale | None = None,
     ) -> None:
         self.rewards = rewards
         self.comparison = comparison
         self.tie_tolerance = tie_tolerance
         self.statistics = statistics
+        self.scale = scale
         self.held_out_accuracy: dict[str, Any] = {}
         self._functions: list[RewardFunction] = []
         self._base_scores: dict[tuple[int, ...], Tensor] = {}
@@ -63,7 +67,10 @@ class GroupScoring(Callback):
         faults = Faults()
         faults.at_least("scoring.tie_tolerance", self.tie_tolerance, 0)
         faults.one_of("scoring.comparison", self.comparison, get_args(Comparison))
-        faults.one_of("scoring.statistics", self.statistics, get_args(GroupStatistics))
+        if self.statistics is not None:
+            faults.one_of("scoring.statistics", self.statistics, get_args(GroupStatistics))
+        if self.scale is not None:
+            faults.one_of("scoring.scale", self.scale, get_args(GroupScale))
         if not self.rewards:
             faults.add(
                 "scoring.rewards must name at least one reward function; got none: add an entry "
@@ -103,8 +110,13 @@ class GroupScoring(Callback):
         with phase(trainer, batch, "score"):
             assert batch.completions is not None, "GroupSampling has not filled batch.completions"
             self._score(batch, batch.completions)
-            batch.advantages = self._advantages(batch)
-        self._note(batch, trainer.global_step)
+            batch.compared = self._compared(batch)
+            batch.advantages = group_advantages(
+                batch.compared,
+                statistics=self.statistics or pl_module.group_statistics,
+                scale=self.scale or pl_module.group_scale,
+            ).float()
+        self._note(batch, trainer.global_step, needs_spread=pl_module.needs_spread)
 
     def on_validation_batch_start(
         self,
@@ -178,15 +190,14 @@ class GroupScoring(Callback):
     def _total(self, scores: Tensor) -> Tensor:
         return weighted_sum(scores, [spec.weight for spec in self.rewards])
 
-    def _advantages(self, batch: PromptBatch) -> Tensor:
+    def _compared(self, batch: PromptBatch) -> Tensor:
         assert batch.rewards is not None and batch.outcomes is not None
-        compared = batch.rewards
-        if self.comparison == "pairwise":
-            own = torch.zeros_like(compared[:, -1:])  # R(y, y) = 0
-            compared = torch.cat([batch.outcomes.double(), own], dim=1)
-        return group_advantages(compared, statistics=self.statistics).float()
+        if self.comparison == "raw":
+            return batch.rewards
+        own = torch.zeros_like(batch.rewards[:, -1:])  # R(y, y) = 0
+        return torch.cat([batch.outcomes.double(), own], dim=1)
 
-    def _note(self, batch: PromptBatch, step: int) -> None:
+    def _note(self, batch: PromptBatch, step: int, *, needs_spread: bool) -> None:
         assert batch.rewards is not None and batch.outcomes is not None
         assert batch.advantages is not None
         note, completions = batch.statistics.mean, batch.rewards[:, :-1]
@@ -200,7 +211,7 @@ class GroupScoring(Callback):
         dead = (batch.advantages == 0).all(dim=1)
         note("frac_reward_zero_std", dead.double())
         note("mean_abs_advantage", batch.advantages.abs())
-        if self._no_signal.due(step, dead.all()):
+        if needs_spread and self._no_signal.due(step, dead.all()):
             rank_zero_warn(
                 f"step {step}: no group carries a signal (all rewards of each group are equal or "
                 "missing): this step learns nothing; sample more completions, raise the "

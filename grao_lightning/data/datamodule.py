@@ -219,6 +219,12 @@ class PromptDataModule(LightningDataModule):
                 for example in examples
             ],
             reference_answers=["" if answer is None else answer for answer in answers],
+            rejected_answer_ids=[
+                []
+                if example.rejected_answer is None
+                else self.encoder.encode_answer(example.rejected_answer, example.prompt)
+                for example in examples
+            ],
             columns=[example.columns for example in examples],
         )
 

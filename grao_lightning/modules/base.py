@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from typing import Any, Literal
@@ -11,11 +11,17 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from grao_lightning.advantages import GroupScale, GroupStatistics
 from grao_lightning.batch import PromptBatch, TokenRow
 from grao_lightning.checks import check_run
 from grao_lightning.faults import Faults, UserError
 from grao_lightning.head import Weigh
-from grao_lightning.logprobs import TokenLogprobs, split_by_tokens, token_logprobs
+from grao_lightning.logprobs import (
+    MicroBatch,
+    TokenLogprobs,
+    split_by_tokens,
+    token_logprobs,
+)
 from grao_lightning.metrics import Estimate, GainKind, TiesAs
 from grao_lightning.models import first_mismatch, load_model, load_tokenizer, source_fault
 from grao_lightning.modules.validation import ValidationMetrics
@@ -26,6 +32,8 @@ from grao_lightning.sharing import share_prompts
 log = logging.getLogger(__name__)
 
 Schedule = Literal["constant", "linear", "cosine"]
+WeighFor = Callable[[list[int]], Weigh]  # numbers of a micro-batch's rows -> their tokens' weights
+Beside = Callable[[list[int], TokenLogprobs], Tensor]  # -> loss that is added to the weighted one
 
 
 class AlignmentModule(LightningModule):
@@ -57,8 +65,15 @@ class AlignmentModule(LightningModule):
         gain: Which NAG: "net" (wins minus losses against the untrained base) or "wins".
     """
 
-    #: Whether training reads sampled, scored groups (and not only the reference answers).
+    #: Whether training reads sampled, scored groups (and not only the data's answers).
     trains_on_groups = True
+    #: Whether completions of equal reward in a group teach nothing.
+    needs_spread = True
+    #: Whether the step heeds the outward mask of `ReferenceAwareClipping`.
+    heeds_outward_mask = False
+    #: What `GroupScoring` makes of a group's rewards unless it is told otherwise.
+    group_statistics: GroupStatistics = "inside"
+    group_scale: GroupScale = "population_std"
 
     def __init__(
         self,
@@ -104,6 +119,11 @@ class AlignmentModule(LightningModule):
         self.validation_metrics = ValidationMetrics(ties_as, gain, has_base=has_base)
         self.estimates: dict[str, Estimate] = {}
         self.step_values: dict[str, float] = {}
+
+    @property
+    def needs_reference_logprobs(self) -> bool:
+        """Return whether every step reads ``batch.reference_model_logprobs``."""
+        return False
 
     # -- set-up ------------------------------------------------------------------------------------
 
@@ -159,7 +179,7 @@ class AlignmentModule(LightningModule):
         fused = self.trainer.precision != "16-mixed"
         adamw = MasterWeightsAdamW if self.master_weights else torch.optim.AdamW
         optimizer = adamw(
-            self.policy.parameters(),
+            self._trained(),
             lr=self.learning_rate,
             weight_decay=self.weight_decay,
             betas=(self.betas[0], self.betas[1]),
@@ -181,6 +201,10 @@ class AlignmentModule(LightningModule):
 
     # -- one step ----------------------------------------------------------------------------------
 
+    def rows(self, batch: PromptBatch) -> list[TokenRow]:
+        """Return the rows that a step trains on, completions first."""
+        raise NotImplementedError
+
     def ascend(
         self, batch: PromptBatch, rows: Sequence[TokenRow], coefficients: Tensor
     ) -> "RowLogprobs":
@@ -197,34 +221,52 @@ class AlignmentModule(LightningModule):
                 already divided by counts over all devices.
         """
         coefficients = coefficients.to(self.device)
-        collected = RowLogprobs(len(rows))
-
-        def forward(numbers: list[int], weigh: Weigh | None = None) -> Tensor:
-            computed = token_logprobs(
-                self.policy,
-                [rows[number] for number in numbers],
-                temperature=self.logprob_temperature,
-                weigh=weigh,
-            )
-            collected.add(numbers, computed)
-            return computed.loss
-
-        micro_batches = split_by_tokens(
-            self.policy, rows, (coefficients != 0).tolist(), self.micro_batch_tokens
+        collected = self.accumulate(
+            rows,
+            split_by_tokens(
+                self.policy, rows, (coefficients != 0).tolist(), self.micro_batch_tokens
+            ),
+            lambda numbers: self._weigh(batch, rows, numbers, coefficients),
         )
-        for number, micro_batch in enumerate(micro_batches, start=1):
-            if not micro_batch.needs_gradient:
-                with torch.no_grad():
-                    forward(micro_batch.numbers)
-                continue
-            weigh = self._weigh(batch, rows, micro_batch.numbers, coefficients)
-            loss = forward(micro_batch.numbers, weigh)
-            self._backward(loss, is_last=number == len(micro_batches))
+        batch.policy_logprobs = collected.logprobs
+        return collected
+
+    def accumulate(
+        self,
+        rows: Sequence[TokenRow],
+        micro_batches: Sequence[MicroBatch],
+        weigh_for: WeighFor,
+        *,
+        weigh_rows: bool = False,
+        beside: Beside | None = None,
+    ) -> "RowLogprobs":
+        """Add the gradient of ``-sum_t w_t log pi(t)``; return the rows' log-probabilities.
+
+        Args:
+            rows: R prompts with their answers.
+            micro_batches: Each row in one of them.
+            weigh_for: Gives the weights of a micro-batch's tokens, treated as constants.
+            weigh_rows: Whether a token's weight depends on other tokens of the micro-batch.
+            beside: Further loss on a micro-batch, such as the value's.
+        """
+        collected = RowLogprobs(len(rows))
+        for at, micro_batch in enumerate(micro_batches, start=1):
+            numbers = micro_batch.numbers
+            with torch.set_grad_enabled(micro_batch.needs_gradient):
+                computed = token_logprobs(
+                    self.policy,
+                    [rows[number] for number in numbers],
+                    temperature=self.logprob_temperature,
+                    weigh=weigh_for(numbers) if micro_batch.needs_gradient else None,
+                    weigh_rows=weigh_rows,
+                )
+            collected.add(numbers, computed)
+            if micro_batch.needs_gradient:
+                loss = computed.loss + (0.0 if beside is None else beside(numbers, computed))
+                self._backward(loss, is_last=at == len(micro_batches))
         if not any(part.needs_gradient for part in micro_batches):
             # Ranks must meet in the same collectives, signal or not.
-            parameters = self.policy.parameters()
-            self._backward(sum(p.sum() * 0.0 for p in parameters if p.requires_grad), is_last=True)
-        batch.policy_logprobs = collected.logprobs
+            self._backward(sum(p.sum() * 0.0 for p in self._trained()), is_last=True)
         return collected
 
     def _weigh(
@@ -254,8 +296,16 @@ class AlignmentModule(LightningModule):
 
         return masked
 
+    def update(self) -> None:
+        """Take an optimiser step that is not the last one on this batch: the trainer counts one."""
+        optimizer = self.optimizers()
+        assert not isinstance(optimizer, list)
+        inner = optimizer.optimizer
+        self.trainer.strategy.optimizer_step(inner, lambda: None, model=self)
+        inner.zero_grad(set_to_none=True)
+
     def finish_step(self, batch: PromptBatch) -> None:
-        """Take the optimiser step and log what the batch's stages noted."""
+        """Take the batch's last optimiser step and log what its stages noted."""
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         assert not isinstance(optimizer, list) and scheduler is not None
         batch.statistics.mean("learning_rate", optimizer.param_groups[0]["lr"])
@@ -274,6 +324,10 @@ class AlignmentModule(LightningModule):
             return values
         reduced = self.trainer.strategy.reduce(values.to(self.device), reduce_op=operation)
         return reduced.cpu()
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        """Return the parameters that the optimiser holds."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def _backward(self, loss: Any, *, is_last: bool) -> None:
         strategy = self.trainer.strategy

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grao_lightning.batch import PromptBatch
+from grao_lightning.batch import PromptBatch, TokenRow
 from grao_lightning.modules.base import AlignmentModule, RowLogprobs
 from grao_lightning.objectives.grao import (
     GRAOWeights,
@@ -44,6 +44,12 @@ class GRAOModule(AlignmentModule):
         self.weights = GRAOWeights(exploration_weight, imitation_weight, regularizer_weight, gate)
         self.mask_truncated_completions = mask_truncated_completions
 
+    heeds_outward_mask = True
+
+    def rows(self, batch: PromptBatch) -> list[TokenRow]:
+        """Return the completions, then the reference answers."""
+        return batch.group_rows()
+
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Take one step of equation 3 on a sampled and scored batch."""
         assert batch.advantages is not None, "GroupScoring has not filled batch.advantages"
@@ -51,7 +57,7 @@ class GRAOModule(AlignmentModule):
         if self.mask_truncated_completions:
             coefficients[:, :-1][batch.truncated_mask()] = 0.0
         coefficients = coefficients / self.global_sum(len(batch))  # J is a mean over prompts
-        computed = self.ascend(batch, batch.group_rows(), _by_row(coefficients))
+        computed = self.ascend(batch, self.rows(batch), _by_row(coefficients))
         self._note_terms(batch, coefficients, computed)
         self.finish_step(batch)
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from grao_lightning.batch import PromptBatch
+from grao_lightning.batch import PromptBatch, TokenRow
 from grao_lightning.modules.base import AlignmentModule
 from grao_lightning.objectives.sft import Aggregation, sft_coefficients
 
@@ -25,9 +25,13 @@ class SFTModule(AlignmentModule):
         super().__init__(**base_settings)
         self.aggregation = aggregation
 
+    def rows(self, batch: PromptBatch) -> list[TokenRow]:
+        """Return the reference answers."""
+        return batch.reference_answer_rows()
+
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Take one step on the reference answers of a batch."""
-        rows = batch.reference_answer_rows()
+        rows = self.rows(batch)
         num_tokens = torch.tensor([len(row.answer_ids) for row in rows])
         weights = sft_coefficients(num_tokens, self.aggregation)  # [B]
         weights = weights / self.global_sum(weights.sum().item())

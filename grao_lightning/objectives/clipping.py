@@ -2,8 +2,7 @@
 
 from torch import Tensor
 
-# Beyond e^20 a ratio says no more, and its exponential overflows in low precision.
-_LARGEST_LOG_RATIO = 20.0
+from grao_lightning.objectives.ratio import bounded
 
 
 def token_drift(logprobs: Tensor, reference_model_logprobs: Tensor) -> Tensor:
@@ -18,7 +17,7 @@ def token_drift(logprobs: Tensor, reference_model_logprobs: Tensor) -> Tensor:
         logprobs: [K] of tokens that the policy sampled, nats.
         reference_model_logprobs: [K], nats.
     """
-    log_ratio = _log_ratio(reference_model_logprobs, logprobs)
+    log_ratio = bounded(reference_model_logprobs - logprobs)
     return log_ratio.exp() - log_ratio - 1
 
 
@@ -46,7 +45,7 @@ def outward_mask(
     Returns:
         [K] bool, True = counts.
     """
-    ratio = _log_ratio(logprobs.detach(), reference_model_logprobs).exp()
+    ratio = bounded(logprobs.detach() - reference_model_logprobs).exp()
     falls_further = (coefficients < 0) & (ratio < low)
     rises_further = (coefficients > 0) & (ratio > high)
     return ~(falls_further | rises_further)
@@ -57,7 +56,3 @@ def capped_norm(max_norm: float, drift: float, drift_target: float | None) -> fl
     if drift_target is None or not drift > drift_target:
         return max_norm
     return max_norm * drift_target / drift
-
-
-def _log_ratio(above: Tensor, below: Tensor) -> Tensor:
-    return (above - below).clamp(-_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)

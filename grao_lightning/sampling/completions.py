@@ -67,6 +67,7 @@ def sample_completions(
         texts=[_before_stop(text, settings.stop_strings) for text in texts],
         truncated=[not ended.whole(row, text) for row, text in zip(ids, texts, strict=True)],
         group_size=group_size,
+        max_tokens=settings.max_new_tokens,
     )
 
 

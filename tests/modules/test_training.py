@@ -1,10 +1,7 @@
 """What a training run must not depend on, and what it must."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -19,7 +16,7 @@ from grao_lightning.faults import UserError
 from grao_lightning.objectives.grao import GRAOWeights, grao_coefficients
 from grao_lightning.objectives.sft import sft_coefficients
 from tests.memory import peak_memory
-from tests.runs import fit, largest_difference, stages, weights
+from tests.runs import fit, largest_difference, stages, two_ranks, weights
 
 
 class Norms(Callback):
@@ -80,19 +77,6 @@ def test_shared_prompts_give_the_same_steps_as_padded_rows(tmp_path):
     )
     assert norms == pytest.approx(padded_norms, rel=1e-5)
     assert largest_difference(shared, padded) < 1e-6
-
-
-def two_ranks(folder: Path, *options: dict) -> dict:
-    script = Path(__file__).with_name("two_ranks.py")
-    result = subprocess.run(
-        [sys.executable, script, folder, *map(json.dumps, options)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    return json.loads((folder / "norms.json").read_text())
 
 
 def test_two_processes_equal_one_with_different_completion_lengths_on_the_ranks(tmp_path):

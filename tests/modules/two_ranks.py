@@ -1,7 +1,7 @@
 """Three steps of the embedded task on two CPU processes; started by test_training.
 
 Arguments: the folder for the results, and JSON of `tests.runs.fit` data, of stage options and, for
-another run than one in float64, of the precision and of module options.
+another run than GRAO in float64, of the precision, of the method and of module options.
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback
 
-from grao_lightning import GRAOModule
+import grao_lightning
 from grao_lightning.callbacks.summary import RunSummary
 from tests.runs import fit, stages, weights
 
@@ -26,6 +26,8 @@ class Record(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         self.norms.append(pl_module.step_values["grad_norm"])
+        if batch.completions is None:
+            return
         total = sum(len(ids) for ids in batch.completions.ids)
         self.longest += pl_module.all_gather(torch.tensor(float(total))).tolist()
         signal = torch.tensor(batch.advantages.any().item())
@@ -46,9 +48,10 @@ def main(folder: Path, data: dict, options: dict, run: dict | None = None) -> No
     record = Record()
     run = run or {"precision": "64-true"}
     model = {"policy": "embedded:keywords-weak", "learning_rate": 1e-3, **run.pop("model", {})}
+    method = getattr(grao_lightning, run.pop("method", "GRAOModule"))
     module = fit(
         folder,
-        module=GRAOModule(**model),
+        module=method(**model),
         data=data,
         callbacks=[*stages(**options), record, RunSummary()],
         limit_val_batches=1.0,
@@ -68,6 +71,8 @@ def main(folder: Path, data: dict, options: dict, run: dict | None = None) -> No
             "longest_of_ranks": record.longest[:2],
             "signals": record.signals,
             "values": module.step_values,
+            "steps": module.trainer.global_step,
+            "kl_weight": getattr(module, "kl_weight", None),
         }
         (folder / "norms.json").write_text(json.dumps(found))
 

@@ -1,0 +1,137 @@
+"""DPO: learns from pairs of a chosen and a rejected answer, without sampling."""
+
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from grao_lightning.batch import PromptBatch, TokenRow
+from grao_lightning.faults import Faults, UserError
+from grao_lightning.head import Weigh, weigh_by_gradient
+from grao_lightning.logprobs import frozen_logprobs, split_together
+from grao_lightning.modules.base import AlignmentModule
+from grao_lightning.objectives.dpo import DPOKind, DPOSettings, dpo_loss
+
+
+class DPOModule(AlignmentModule):
+    """Direct Preference Optimization and its kin.
+
+    Sampling and scoring run in validation only, so that RAS and NAG are those of every method.
+
+    Args:
+        kind: "sigmoid" (arXiv 2305.18290), "ipo" (arXiv 2310.12036) or "hinge" (arXiv 2305.10425).
+        beta: How dearly the policy pays for leaving the reference model.
+        label_smoothing: Share of pairs thought to be labelled the wrong way round, for "sigmoid".
+        base_settings: The settings of `AlignmentModule`.
+    """
+
+    trains_on_groups = False
+
+    def __init__(
+        self,
+        kind: DPOKind = "sigmoid",
+        beta: float = 0.1,
+        label_smoothing: float = 0.0,
+        **base_settings: Any,
+    ) -> None:
+        super().__init__(**base_settings)
+        self.settings = DPOSettings(kind, beta, label_smoothing)
+        self._frozen_sums: dict[int, tuple[float, float]] = {}
+
+    def faults(self) -> Faults:
+        """Return what is wrong with the settings."""
+        faults = super().faults()
+        faults.one_of("model.kind", self.settings.kind, get_args(DPOKind))
+        faults.between("model.label_smoothing", self.settings.label_smoothing, 0, 0.5)
+        if not self.settings.beta > 0:
+            faults.add(f"model.beta must be > 0; got {self.settings.beta}")
+        if self.settings.label_smoothing and self.settings.kind != "sigmoid":
+            faults.add(
+                "model.label_smoothing needs model.kind=sigmoid; got "
+                f"{self.settings.kind}: remove it"
+            )
+        if self.reference_model_source is None:
+            faults.add(
+                "model.reference_model must be policy or a model, since DPO is measured from it; "
+                "got null"
+            )
+        return faults
+
+    def setup(self, stage: str) -> None:
+        """Check the run, and that every train row has a rejected answer."""
+        super().setup(stage)
+        rows = getattr(getattr(self.trainer, "datamodule", None), "examples", {}).get("train", ())
+        missing = sum(row.rejected_answer is None for row in rows)
+        if stage == "fit" and missing:
+            raise UserError(
+                f"data.train must have a rejected answer in every row for DPO; {missing} of "
+                f"{len(rows)} rows have none: use preference data, or name its columns with "
+                "data.rename"
+            )
+
+    def rows(self, batch: PromptBatch) -> list[TokenRow]:
+        """Return the chosen answers, then the rejected ones."""
+        return batch.reference_answer_rows() + batch.rejected_answer_rows()
+
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Take one step on a batch of pairs."""
+        rows, num_pairs = self.rows(batch), len(batch)
+        frozen = self._frozen(batch, rows)  # [2B]
+        lengths = torch.tensor([len(row.answer_ids) for row in rows], device=self.device)
+        total = self.global_sum(num_pairs)
+
+        def weigh_for(numbers: list[int]) -> Weigh:
+            of_rows = torch.arange(len(numbers), device=self.device)
+            row = of_rows.repeat_interleave(lengths[numbers])
+
+            def loss(_: slice, logprobs: Tensor) -> Tensor:
+                sums = logprobs.new_zeros(len(numbers)).index_add(0, row, logprobs)
+                ratios = sums - frozen[numbers].to(sums)
+                pairs = (*_by_pair(ratios), *_by_pair(lengths[numbers]))
+                return dpo_loss(*pairs, self.settings).sum() / total
+
+            return weigh_by_gradient(loss)
+
+        pairs = [(number, num_pairs + number) for number in range(num_pairs)]
+        micro_batches = split_together(self.policy, rows, pairs, self.micro_batch_tokens)
+        computed = self.accumulate(rows, micro_batches, weigh_for, weigh_rows=True)
+        sums = torch.stack([logprobs.sum() for logprobs in computed.logprobs])
+        self._note(batch, sums, frozen, lengths)
+        batch.statistics.mean("entropy", torch.cat(computed.entropies[:num_pairs]))
+        self.finish_step(batch)
+
+    def _frozen(self, batch: PromptBatch, rows: list[TokenRow]) -> Tensor:
+        """Return the reference model's log-probability of each answer, [2B]; read once a pair.
+
+        Every pair is read by itself, so that the figure does not depend on the batch it is first
+        met in, and a resumed run equals an uninterrupted one.
+        """
+        for number, index in enumerate(batch.indices):
+            if index not in self._frozen_sums:
+                chosen, rejected = frozen_logprobs(
+                    self.reference_model,
+                    [rows[number], rows[len(batch) + number]],
+                    self.micro_batch_tokens,
+                    temperature=self.logprob_temperature,
+                )
+                self._frozen_sums[index] = (chosen.sum().item(), rejected.sum().item())
+        sums = [self._frozen_sums[index] for index in batch.indices]
+        return torch.tensor(sums, dtype=torch.double).t().flatten()
+
+    def _note(self, batch: PromptBatch, sums: Tensor, frozen: Tensor, lengths: Tensor) -> None:
+        chosen, rejected = (sums - frozen.to(sums)).split(len(batch))
+        of_chosen, of_rejected = lengths.split(len(batch))
+        note, beta = batch.statistics.mean, self.settings.beta
+        note("loss", dpo_loss(chosen, rejected, of_chosen, of_rejected, self.settings))
+        note("rewards/chosen", beta * chosen)
+        note("rewards/rejected", beta * rejected)
+        note("rewards/margins", beta * (chosen - rejected))
+        note("rewards/accuracies", (chosen > rejected).double())
+        note("logps/chosen", sums[: len(batch)])
+        note("logps/rejected", sums[len(batch) :])
+        note("reference_answer/mean_logprob", sums[: len(batch)] / of_chosen)
+
+
+def _by_pair(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the chosen and the rejected answers' values out of alternating ones."""
+    return values[0::2], values[1::2]

@@ -1,0 +1,157 @@
+"""What GRPO and PPO share: several updates on the completions of one rollout."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grao_lightning.batch import PromptBatch, TokenRow
+from grao_lightning.faults import Faults
+from grao_lightning.head import Weigh, weigh_by_gradient
+from grao_lightning.logprobs import split_by_tokens
+from grao_lightning.modules.base import AlignmentModule, Beside
+from grao_lightning.objectives.ratio import is_clipped, policy_ratio
+
+#: (the rows' tokens, their log-probabilities, those of the sampling policy) -> weighted losses
+TokenLoss = Callable[["Tokens", Tensor, Tensor], Tensor]
+
+
+class Tokens:
+    """Tokens of some rows, all rows behind one another, and a slice of them.
+
+    Args:
+        numbers: Of the rows.
+        lengths: [R] tokens of every row of the rollout.
+        part: Which of these rows' tokens.
+    """
+
+    def __init__(self, numbers: Sequence[int], lengths: Tensor, part: slice) -> None:
+        self.numbers = list(numbers)
+        self._part = part
+        self.row = torch.arange(len(self.numbers)).repeat_interleave(lengths[self.numbers])[part]
+        self._row_number = torch.tensor(self.numbers)[self.row]
+
+    def of_rows(self, values: Tensor) -> Tensor:
+        """Return a value a row, [R], as one a token."""
+        return values[self._row_number.to(values.device)]
+
+    def of_tokens(self, values: list[Tensor]) -> Tensor:
+        """Return the values of these tokens out of one [T] tensor a row."""
+        return torch.cat([values[number] for number in self.numbers])[self._part]
+
+
+class RolloutModule(AlignmentModule):
+    """Takes several optimiser steps on each rollout; the trainer counts them as one step.
+
+    Args:
+        updates_per_rollout: Optimiser steps on each rollout, each over all of it.
+        eps_low: The ratio to the policy that sampled is clipped below ``1 - eps_low``.
+        eps_high: It is clipped above ``1 + eps_high``.
+        kl_weight: Weight of the KL penalty towards the reference model; 0 = none.
+        base_settings: The settings of `AlignmentModule`.
+    """
+
+    group_statistics = "outside"
+
+    def __init__(
+        self,
+        updates_per_rollout: int = 1,
+        eps_low: float = 0.2,
+        eps_high: float = 0.2,
+        kl_weight: float = 0.0,
+        **base_settings: Any,
+    ) -> None:
+        super().__init__(**base_settings)
+        self.updates_per_rollout = updates_per_rollout
+        self.eps_low = eps_low
+        self.eps_high = eps_high
+        self.kl_weight = kl_weight
+
+    @property
+    def needs_reference_logprobs(self) -> bool:
+        """Return whether every step reads ``batch.reference_model_logprobs``."""
+        return self.kl_weight != 0
+
+    def faults(self) -> Faults:
+        """Return what is wrong with the settings."""
+        faults = super().faults()
+        faults.at_least("model.updates_per_rollout", self.updates_per_rollout, 1)
+        faults.between("model.eps_low", self.eps_low, 0, 1)
+        faults.at_least("model.eps_high", self.eps_high, 0)
+        faults.at_least("model.kl_weight", self.kl_weight, 0)
+        if self.kl_weight and self.reference_model_source is None:
+            faults.add(
+                "model.kl_weight needs a reference model; got reference_model=null: set "
+                "model.reference_model to policy or to a model, or kl_weight to 0"
+            )
+        return faults
+
+    def rows(self, batch: PromptBatch) -> list[TokenRow]:
+        """Return the completions."""
+        return batch.completion_rows()
+
+    def learn(
+        self,
+        batch: PromptBatch,
+        token_loss: TokenLoss,
+        needs_gradient: Tensor,
+        *,
+        old_logprobs: list[Tensor] | None = None,
+        weigh_rows: bool = False,
+        beside: Beside | None = None,
+    ) -> None:
+        """Take all updates on a rollout but the last one's optimiser step.
+
+        Args:
+            batch: Sampled and scored; gets ``policy_logprobs`` from before the first update.
+            token_loss: Loss of tokens, weighted and divided by counts over all devices.
+            needs_gradient: [R] whether a row has any.
+            old_logprobs: One [T] tensor a row, under the policy that sampled; None: those of the
+                first update's forward pass.
+            weigh_rows: Whether a token's loss depends on others of its row.
+            beside: Further loss on a micro-batch.
+        """
+        rows = self.rows(batch)
+        lengths = torch.tensor([len(row.answer_ids) for row in rows])
+        note = batch.statistics.mean
+        for name in ("clip_ratio/low_mean", "clip_ratio/high_mean"):
+            note(name, torch.empty(0))  # all ranks note it, signal or not
+        total = 0.0
+
+        def weigh_for(numbers: list[int]) -> Weigh:
+            def loss(part: slice, logprobs: Tensor) -> Tensor:
+                nonlocal total
+                tokens, old = Tokens(numbers, lengths, part), logprobs.detach()
+                if old_logprobs is not None:
+                    old = tokens.of_tokens(old_logprobs)
+                value = token_loss(tokens, logprobs, old).sum()
+                total += value.item()
+                return value
+
+            return weigh_by_gradient(loss)
+
+        for number in range(self.updates_per_rollout):
+            if number:
+                self.update()
+            micro_batches = split_by_tokens(
+                self.policy, rows, needs_gradient.tolist(), self.micro_batch_tokens
+            )
+            collected = self.accumulate(
+                rows, micro_batches, weigh_for, weigh_rows=weigh_rows, beside=beside
+            )
+            if number == 0:
+                batch.policy_logprobs = collected.logprobs
+                old_logprobs = old_logprobs or collected.logprobs
+                note("entropy", torch.cat(collected.entropies))
+        share_of_rank = torch.tensor(self.updates_per_rollout / self.trainer.world_size)
+        batch.statistics.share("loss", torch.tensor(total), share_of_rank)
+
+    def note_clipped(
+        self, batch: PromptBatch, tokens: Tokens, logprobs: Tensor, old: Tensor, advantages: Tensor
+    ) -> None:
+        """Note the shares of tokens that the clipped ratio leaves without gradient."""
+        ratio = policy_ratio(logprobs.detach(), old, tokens.row.to(old.device))
+        below, above = is_clipped(ratio, advantages, 1 - self.eps_low, 1 + self.eps_high)
+        batch.statistics.mean("clip_ratio/low_mean", below.double())
+        batch.statistics.mean("clip_ratio/high_mean", above.double())
