@@ -13,6 +13,7 @@ from grao_lightning.batch import Completions, PromptBatch
 from grao_lightning.callbacks.phase import RareWarning, phase
 from grao_lightning.faults import Faults, UserError
 from grao_lightning.metrics import compare
+from grao_lightning.rewards.preference import length_alone
 from grao_lightning.rewards.protocol import (
     RewardFunction,
     RewardSpec,
@@ -34,6 +35,8 @@ class GroupScoring(Callback):
 
     Args:
         rewards: The reward functions and their weights.
+        judges: Reward functions that score in validation instead of ``rewards``, so that a policy
+            is not measured by what it was trained to please; null = the rewards judge too.
         comparison: What advantages are made of. "pairwise": +1, 0 or -1 for a completion better
             than, equal to or worse than the reference answer, whose own is 0, as the paper's judge
             gives them; "raw": the rewards themselves.
@@ -51,14 +54,16 @@ class GroupScoring(Callback):
         tie_tolerance: float = 0.0,
         statistics: GroupStatistics | None = None,
         scale: GroupScale | None = None,
+        judges: list[RewardSpec] | None = None,
     ) -> None:
         self.rewards = rewards
+        self.judges = judges
         self.comparison = comparison
         self.tie_tolerance = tie_tolerance
         self.statistics = statistics
         self.scale = scale
         self.held_out_accuracy: dict[str, Any] = {}
-        self._functions: list[RewardFunction] = []
+        self._functions: dict[str, RewardFunction] = {}
         self._base_scores: dict[tuple[int, ...], Tensor] = {}
         self._no_signal = RareWarning()
 
@@ -76,7 +81,9 @@ class GroupScoring(Callback):
                 "scoring.rewards must name at least one reward function; got none: add an entry "
                 "such as {function: my_package.my_module.my_reward}"
             )
-        labels = [spec.label for spec in self.rewards]
+        if self.judges is not None and not self.judges:
+            faults.add("scoring.judges must name a reward function or be null; got none: remove it")
+        labels = [spec.label for spec in self._specs]
         for label in sorted({label for label in labels if labels.count(label) > 1}):
             faults.add(f"scoring.rewards: {label!r} names two reward functions; give each a name")
         try:
@@ -95,11 +102,11 @@ class GroupScoring(Callback):
         for split, rows in examples.items():
             columns = {name for row in rows for name in row.columns}
             faults = Faults()
-            faults.add(*(column_fault(function, columns) for function in self._load()))
+            faults.add(*(column_fault(function, columns) for function in self._load().values()))
             faults.raise_if_any(f"in scoring.rewards on data.{split}")
-        for spec, function in zip(self.rewards, self._load(), strict=True):
-            if hasattr(function, "fit") and spec.label not in self.held_out_accuracy:
-                self._fit(spec.label, function, trainer)
+        for label, function in self._load().items():
+            if hasattr(function, "fit") and label not in self.held_out_accuracy:
+                self._fit(label, function, trainer)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: Any, batch: PromptBatch, batch_idx: int
@@ -109,7 +116,7 @@ class GroupScoring(Callback):
             return
         with phase(trainer, batch, "score"):
             assert batch.completions is not None, "GroupSampling has not filled batch.completions"
-            self._score(batch, batch.completions)
+            self._score(batch, batch.completions, self.rewards)
             batch.compared = self._compared(batch)
             batch.advantages = group_advantages(
                 batch.compared,
@@ -129,21 +136,27 @@ class GroupScoring(Callback):
         """Compare the policy's completions with the reference answers and with the base's."""
         with phase(trainer, batch, "score"):
             assert batch.completions is not None, "GroupSampling has not filled batch.completions"
-            self._score(batch, batch.completions)
+            judges = self.judges or self.rewards
+            self._score(batch, batch.completions, judges)
             if batch.base_completions is None or batch.rewards is None:
                 return
             key = tuple(batch.indices)
             if key not in self._base_scores:  # the base never changes, nor do its scores
-                scores = self._scores(batch, batch.base_completions)
-                self._base_scores[key] = self._total(scores)[:, 0]
+                scores = self._scores(batch, batch.base_completions, judges)
+                self._base_scores[key] = _total(scores, judges)[:, 0]
             base, reference_answer = self._base_scores[key], batch.rewards[:, 1]
             batch.base_rewards = base
             batch.base_outcomes = compare(base, reference_answer, self.tie_tolerance)
             batch.gain_outcomes = compare(batch.rewards[:, 0], base, self.tie_tolerance)
 
-    def _load(self) -> list[RewardFunction]:
+    @property
+    def _specs(self) -> list[RewardSpec]:
+        return [*self.rewards, *(self.judges or ())]
+
+    def _load(self) -> dict[str, RewardFunction]:
+        """Return every function by its label."""
         if not self._functions:
-            self._functions = [spec.load() for spec in self.rewards]
+            self._functions = {spec.label: spec.load() for spec in self._specs}
         return self._functions
 
     def _fit(self, label: str, function: Any, trainer: Trainer) -> None:
@@ -167,28 +180,27 @@ class GroupScoring(Callback):
                 *(100 * value for value in (accuracy.value, accuracy.low, accuracy.high)),
                 len(held_out[0]),
             )
+            self.held_out_accuracy["length alone"] = length_alone(pairs[1:], held_out[1:])
 
-    def _score(self, batch: PromptBatch, completions: Completions) -> None:
-        scores = self._scores(batch, completions)
-        batch.rewards = self._total(scores)
-        batch.rewards_by_name = {
-            spec.label: part for spec, part in zip(self.rewards, scores, strict=True)
-        }
+    def _score(self, batch: PromptBatch, completions: Completions, specs: list[RewardSpec]) -> None:
+        scores = self._scores(batch, completions, specs)
+        batch.rewards = _total(scores, specs)
+        batch.rewards_by_name = {spec.label: part for spec, part in zip(specs, scores, strict=True)}
         of_completions, of_answer = batch.rewards[:, :-1], batch.rewards[:, -1:]
         batch.outcomes = compare(
             of_completions, of_answer.expand_as(of_completions), self.tie_tolerance
         )
 
-    def _scores(self, batch: PromptBatch, completions: Completions) -> Tensor:
+    def _scores(
+        self, batch: PromptBatch, completions: Completions, specs: list[RewardSpec]
+    ) -> Tensor:
         """Return the scores of every function for every member, [F, B, G+1] float64."""
         arguments = _arguments(batch, completions)
-        scores = torch.tensor(call_rewards(self._load(), arguments), dtype=torch.double)
+        functions = [self._load()[spec.label] for spec in specs]
+        scores = torch.tensor(call_rewards(functions, arguments), dtype=torch.double)
         of_completions, of_answers = scores.split([len(completions.ids), len(batch)], dim=1)
         groups = of_completions.view(len(scores), len(batch), -1)
         return torch.cat([groups, of_answers[:, :, None]], dim=2)
-
-    def _total(self, scores: Tensor) -> Tensor:
-        return weighted_sum(scores, [spec.weight for spec in self.rewards])
 
     def _compared(self, batch: PromptBatch) -> Tensor:
         assert batch.rewards is not None and batch.outcomes is not None
@@ -217,6 +229,10 @@ class GroupScoring(Callback):
                 "missing): this step learns nothing; sample more completions, raise the "
                 "temperature or use a finer reward"
             )
+
+
+def _total(scores: Tensor, specs: list[RewardSpec]) -> Tensor:
+    return weighted_sum(scores, [spec.weight for spec in specs])
 
 
 def _arguments(batch: PromptBatch, completions: Completions) -> dict[str, list[Any]]:

@@ -1,7 +1,9 @@
 """The one DataModule: rows from any source -> batches of prompts with their reference answers."""
 
 import logging
+import random
 from collections.abc import Sequence
+from dataclasses import replace
 from glob import has_magic
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,9 @@ class PromptDataModule(LightningDataModule):
         max_prompt_tokens: Longer prompts lose their oldest turns; reference answers are never cut.
         chat_template: Jinja text instead of the tokenizer's own template.
         num_workers: Processes that tokenise; 0 = none.
+        wrong_reference_share: Share of the training rows whose chosen and rejected answers change
+            places, to see how a method bears wrong references. Rewards that learn from pairs still
+            learn from the right ones.
     """
 
     def __init__(
@@ -65,6 +70,7 @@ class PromptDataModule(LightningDataModule):
         max_prompt_tokens: int | None = 1024,
         chat_template: str | None = None,
         num_workers: int = 0,
+        wrong_reference_share: float = 0.0,
     ) -> None:
         super().__init__()
         self.prompts_per_step = prompts_per_step
@@ -78,6 +84,7 @@ class PromptDataModule(LightningDataModule):
         self._max_prompt_tokens = max_prompt_tokens
         self._chat_template = chat_template
         self._num_workers = num_workers
+        self._wrong_reference_share = wrong_reference_share
         self.examples: dict[str, list[Example]] = {}
         self.encoder: PromptEncoder | None = None
 
@@ -87,6 +94,7 @@ class PromptDataModule(LightningDataModule):
         faults.at_least("data.prompts_per_step", self.prompts_per_step, 1)
         faults.at_least("data.validation_batch_size", self._validation_batch_size, 1)
         faults.at_least("data.num_workers", self._num_workers, 0)
+        faults.between("data.wrong_reference_share", self._wrong_reference_share, 0, 1)
         if self.validation_prompts is not None:
             faults.at_least("data.validation_prompts", self.validation_prompts, 1)
         if self._max_prompt_tokens is not None:
@@ -187,7 +195,8 @@ class PromptDataModule(LightningDataModule):
             rank=trainer.global_rank if trainer else 0,
             world_size=trainer.world_size if trainer else 1,
         )
-        return self._loader("train", batch_sampler=sampler)
+        examples = with_wrong_references(self.examples["train"], self._wrong_reference_share)
+        return self._loader(examples, batch_sampler=sampler)
 
     def val_dataloader(self) -> DataLoader:
         """Return this rank's share of the validation rows: nothing repeated, nothing dropped."""
@@ -196,10 +205,11 @@ class PromptDataModule(LightningDataModule):
         )
         rows = list(range(len(self.examples["validation"])))[: self.validation_prompts]
         rows = rows[rank::world_size]
-        return self._loader("validation", sampler=rows, batch_size=self._validation_batch_size)
+        return self._loader(
+            self.examples["validation"], sampler=rows, batch_size=self._validation_batch_size
+        )
 
-    def _loader(self, split: str, **options: Any) -> DataLoader:
-        examples = self.examples[split]
+    def _loader(self, examples: list[Example], **options: Any) -> DataLoader:
         return DataLoader(
             _Numbered(examples), collate_fn=self._collate, num_workers=self._num_workers, **options
         )
@@ -227,6 +237,31 @@ class PromptDataModule(LightningDataModule):
             ],
             columns=[example.columns for example in examples],
         )
+
+
+def with_wrong_references(examples: list[Example], share: float) -> list[Example]:
+    """Return examples of which a share has its chosen and rejected answers exchanged.
+
+    Which ones depends on nothing but their number, and a larger share includes a smaller one's.
+
+    Raises:
+        UserError: An example that is to be exchanged has no rejected answer.
+    """
+    chosen = random.Random(0).sample(range(len(examples)), len(examples))
+    changed = list(examples)
+    for number in chosen[: round(share * len(examples))]:
+        example = examples[number]
+        if example.rejected_answer is None:
+            raise UserError(
+                f"data.wrong_reference_share={share} needs a rejected answer in every row of "
+                f"data.train; row {number + 1} has none: use preference data, or set it to 0"
+            )
+        changed[number] = replace(
+            example,
+            reference_answer=example.rejected_answer,
+            rejected_answer=example.reference_answer,
+        )
+    return changed
 
 
 class _Numbered(Dataset[tuple[int, Example]]):

@@ -2,13 +2,15 @@
 
 import importlib.util
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from grao_lightning.faults import UserError
 from grao_lightning.metrics import Estimate, wilson_interval
 
 # An n-gram of a single answer says nothing about another one, and there are very many of them.
 _MIN_ANSWERS_PER_NGRAM = 2
+_UNITS = {"char_wb": "characters", "word": "words"}
+_PARTS = {"all": slice(None), "even": slice(0, None, 2), "odd": slice(1, None, 2)}
 
 
 class NGramPreference:
@@ -33,8 +35,11 @@ class NGramPreference:
       training answers; at 0 it would beat three quarters of the answers of harmless-base.
 
     Args:
-        ngram_range: Smallest and largest n of the character n-grams, which stay within words.
+        ngram_range: Smallest and largest n of the n-grams; those of characters stay within words.
         inverse_regularization: scikit-learn's C, > 0; smaller means weights closer to 0.
+        analyzer: "char_wb", characters within words, or "word".
+        part: Which pairs it learns from: "all", or only those of "even" or "odd" number. A reward
+            of one half and a judge of the other share no pair.
 
     Raises:
         ImportError: scikit-learn is not installed.
@@ -42,7 +47,11 @@ class NGramPreference:
     """
 
     def __init__(
-        self, ngram_range: tuple[int, int] = (2, 4), inverse_regularization: float = 0.6
+        self,
+        ngram_range: tuple[int, int] = (2, 4),
+        inverse_regularization: float = 0.6,
+        analyzer: Literal["char_wb", "word"] = "char_wb",
+        part: Literal["all", "even", "odd"] = "all",
     ) -> None:
         if importlib.util.find_spec("sklearn") is None:
             raise ImportError(
@@ -57,7 +66,15 @@ class NGramPreference:
             )
         if not inverse_regularization > 0:
             raise ValueError(f"inverse_regularization must be > 0; got {inverse_regularization}")
+        for name, value, known in (
+            ("analyzer", analyzer, tuple(_UNITS)),
+            ("part", part, tuple(_PARTS)),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
         self.inverse_regularization = inverse_regularization
+        self.analyzer = analyzer
+        self.part = part
         self._vectorizer: Any = None
         self._weights: Any = None
         self._lowest = 0.0
@@ -78,13 +95,14 @@ class NGramPreference:
         from sklearn.linear_model import LogisticRegression
 
         _check_lengths(prompts=prompts, chosen=chosen, rejected=rejected)
+        chosen, rejected = chosen[_PARTS[self.part]], rejected[_PARTS[self.part]]
         if len(chosen) < 2:
             raise UserError(
                 f"scoring.rewards: NGramPreference needs >= 2 pairs to learn from; got "
                 f"{len(chosen)}: give preference data with more rows"
             )
         vectorizer = TfidfVectorizer(
-            analyzer="char_wb",
+            analyzer=self.analyzer,
             ngram_range=self.ngram_range,
             min_df=_MIN_ANSWERS_PER_NGRAM,
             sublinear_tf=True,
@@ -94,7 +112,7 @@ class NGramPreference:
             vectorizer.fit(answers)
         except ValueError as error:
             raise UserError(
-                f"scoring.rewards: no n-gram of {self.ngram_range} characters occurs in "
+                f"scoring.rewards: no n-gram of {self.ngram_range} {_UNITS[self.analyzer]} occurs in "
                 f"{_MIN_ANSWERS_PER_NGRAM} answers of {len(chosen)} pairs: give more pairs or "
                 f"shorter n-grams ({error})"
             ) from error
@@ -163,6 +181,31 @@ class NGramPreference:
         scores = features @ self._weights
         scores[features.getnnz(axis=1) == 0] = self._lowest
         return scores.tolist()
+
+
+def length_alone(
+    train: tuple[Sequence[str], Sequence[str]], held_out: tuple[Sequence[str], Sequence[str]]
+) -> Estimate:
+    """Return the share of held-out pairs that the answers' lengths tell, what a reward must beat.
+
+    Whether the longer or the shorter answer is guessed is learned from the train pairs.
+
+    Args:
+        train: Chosen and rejected answers.
+        held_out: Chosen and rejected answers.
+
+    Returns:
+        The share in [0, 1] with Wilson's interval, a tie counting as half; NaN without pairs.
+    """
+
+    def longer_is_chosen(pairs: tuple[Sequence[str], Sequence[str]]) -> float:
+        both = list(zip(*pairs, strict=True))
+        return sum((len(c) > len(r)) + 0.5 * (len(c) == len(r)) for c, r in both)
+
+    number = len(held_out[0])
+    longer = longer_is_chosen(held_out)
+    guess_longer = longer_is_chosen(train) >= len(train[0]) / 2
+    return wilson_interval(longer if guess_longer else number - longer, number)
 
 
 def _check_lengths(**columns: Sequence[str]) -> None:

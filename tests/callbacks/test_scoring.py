@@ -1,6 +1,8 @@
 """Groups scored against their reference answers."""
 
 import math
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from grao_lightning.advantages import group_advantages
 from grao_lightning.batch import Completions, PromptBatch
 from grao_lightning.callbacks.scoring import GroupScoring
 from grao_lightning.rewards.protocol import RewardSpec
+from tests.runs import fit, stages
 
 HERE = "tests.callbacks.test_scoring"
 
@@ -25,7 +28,16 @@ def bonus(completions, extra):
     return [float(value) for value in extra]
 
 
-def scored(texts, answers, *, extra=(), **options) -> PromptBatch:
+def scored(
+    texts,
+    answers,
+    *,
+    extra=(),
+    needs_spread=True,
+    own_statistics="inside",
+    own_scale="population_std",
+    **options,
+) -> PromptBatch:
     """Score the groups ``texts`` against ``answers`` and return their batch."""
     group_size = len(texts[0])
     flat = [text for group in texts for text in group]
@@ -41,9 +53,16 @@ def scored(texts, answers, *, extra=(), **options) -> PromptBatch:
     scoring = GroupScoring(
         **{"rewards": [RewardSpec(f"{HERE}.word_count")], "comparison": "raw", **options}
     )
-    scoring._score(batch, batch.completions)
-    batch.advantages = scoring._advantages(batch)
-    scoring._note(batch, 0)
+    trainer = SimpleNamespace(
+        global_step=0, precision_plugin=SimpleNamespace(forward_context=nullcontext)
+    )
+    module = SimpleNamespace(
+        trains_on_groups=True,
+        needs_spread=needs_spread,
+        group_statistics=own_statistics,
+        group_scale=own_scale,
+    )
+    scoring.on_train_batch_start(trainer, module, batch, 0)
     return batch
 
 
@@ -137,7 +156,8 @@ def test_functions_see_completions_in_order_and_then_the_reference_answers_each_
         columns=[{"extra": 1}, {"extra": 2}],
         completions=Completions([[2]] * 4, ["a", "b", "c", "d"], [True, False, False, False], 2),
     )
-    GroupScoring([RewardSpec(f"{HERE}.recorded")])._score(batch, batch.completions)
+    specs = [RewardSpec(f"{HERE}.recorded")]
+    GroupScoring(specs)._score(batch, batch.completions, specs)
     assert SEEN == {
         "prompts": ["p", "p", "q", "q", "p", "q"],
         "completions": ["a", "b", "c", "d", "y", "z"],
@@ -153,6 +173,43 @@ def test_the_choice_of_statistics_reaches_the_advantages(statistics):
     advantages = scored(texts, ["a b"], statistics=statistics).advantages
     rewards = torch.tensor([[1.0, 6.0, 3.0, 2.0]])
     torch.testing.assert_close(advantages, group_advantages(rewards, statistics=statistics))
+
+
+@pytest.mark.parametrize("asked_for", [None, "sample_std"])
+def test_without_a_setting_the_method_chooses_its_statistics_and_scale(asked_for):
+    texts = [["a", "a b c d e f", "a b c"]]
+    own = {"own_statistics": "outside", "own_scale": "none"}
+    batch = scored(texts, ["a b"], scale=asked_for, **own)
+    rewards = torch.tensor([[1.0, 6.0, 3.0, 2.0]])
+    expected = group_advantages(rewards, statistics="outside", scale=asked_for or "none")
+    torch.testing.assert_close(batch.advantages, expected)
+
+
+def test_a_method_that_needs_no_spread_is_not_warned_of_a_dead_step(recwarn):
+    scored(TEXTS[1:], ANSWERS[1:], needs_spread=False)
+    assert not recwarn.list
+
+
+def test_judges_score_validation_and_rewards_training(tmp_path):
+    """keyword_score trains; the judge, which counts words, gives another figure in validation."""
+    rewards = [RewardSpec("grao_lightning.embedded.keywords.keyword_score")]
+    figures = {}
+    for judges in (None, [RewardSpec(f"{HERE}.word_count")]):
+        callbacks = stages(scoring={"rewards": rewards, "judges": judges})
+        module = fit(
+            tmp_path,
+            callbacks=callbacks,
+            data={"validation_prompts": 8},
+            max_steps=1,
+            limit_val_batches=1.0,
+            val_check_interval=1,
+        )
+        figures[judges is None] = (module.step_values["reward"], module.estimates)
+    (trained, own), (trained_again, judged) = figures[True], figures[False]
+    assert trained == trained_again < 1
+    assert own["reference_answer_reward"].value < 1
+    assert judged["reference_answer_reward"].value > 3
+    assert judged["base_reward"].value > 2
 
 
 def test_only_a_step_without_any_signal_is_warned_of(recwarn):

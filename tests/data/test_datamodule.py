@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from grao_lightning import PromptDataModule
+from grao_lightning.data.datamodule import with_wrong_references
+from grao_lightning.data.formats import Example
 from grao_lightning.data.sampler import StepBatchSampler
 from grao_lightning.faults import UserError
 
@@ -185,3 +187,37 @@ def test_training_batches_are_those_of_seed_step_and_rank(data, monkeypatch):
     finally:
         data.trainer = None
     assert batch.indices == StepBatchSampler(4096, 8, seed=5).batch(3)[1::2]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_wrong_references_change_places_with_rejected_answers_in_training_alone(share):
+    data = PromptDataModule(wrong_reference_share=share)
+    data.setup("fit")
+    right = data.examples["train"]
+    wrong = data.train_dataloader().dataset
+    swapped = [
+        number
+        for number, example in enumerate(right)
+        if (wrong[number][1].reference_answer, wrong[number][1].rejected_answer)
+        == (example.rejected_answer, example.reference_answer)
+    ]
+    kept = sum(wrong[number][1] == example for number, example in enumerate(right))
+    assert len(swapped) == share * len(right) and kept == (1 - share) * len(right)
+    held_out = data.val_dataloader().dataset
+    assert all(held_out[n][1] == row for n, row in enumerate(data.examples["validation"]))
+    assert data.preference_pairs("train")[1][0] == right[0].reference_answer
+
+
+def test_a_larger_share_of_wrong_references_includes_a_smaller_one():
+    rows = [Example(str(n), f"good {n}", f"bad {n}", {}) for n in range(40)]
+    few, many = (
+        {n for n, row in enumerate(with_wrong_references(rows, share)) if row != rows[n]}
+        for share in (0.25, 0.5)
+    )
+    assert few < many and (len(few), len(many)) == (10, 20)
+
+
+def test_wrong_references_need_rejected_answers():
+    rows = [Example("q", "good", None, {})]
+    with pytest.raises(UserError, match="row 1 has none: use preference data"):
+        with_wrong_references(rows, 1.0)

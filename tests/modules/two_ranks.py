@@ -75,6 +75,8 @@ def main(folder: Path, data: dict, options: dict, run: dict | None = None) -> No
             "kl_weight": getattr(module, "kl_weight", None),
         }
         (folder / "norms.json").write_text(json.dumps(found))
+    # Left to the end of the process, gloo's thread may meet a Python that is gone, and abort.
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from grao_lightning.metrics import wilson_interval
-from grao_lightning.rewards.preference import NGramPreference
+from grao_lightning.rewards.preference import NGramPreference, length_alone
 from grao_lightning.rewards.protocol import call_rewards, columns_asked_for
 
 pytest.importorskip("sklearn")
@@ -236,3 +236,41 @@ def test_held_out_hh_pairs_are_told_apart_better_than_by_chance(name: str):
     accuracy = preference.accuracy(*validation)
     assert accuracy.value >= 0.60  # measured: 0.64 and 0.66
     assert accuracy.low > 0.5
+
+
+def test_a_half_learns_from_its_own_pairs_alone():
+    chosen, rejected = (
+        [f"{word} {n % 3}" for n in range(12)] for word in ("kind words", "rude words")
+    )
+    prompts = [""] * 12
+    changed = [text if n % 2 else "something else" for n, text in enumerate(chosen)]
+    for part, same in (("odd", True), ("even", False), ("all", False)):
+        scores = []
+        for answers in (chosen, changed):
+            model = NGramPreference(part=part)
+            model.fit(prompts, answers, rejected)
+            scores.append(model([""], ["kind or rude words"]))
+        assert (scores[0] == scores[1]) == same, part
+
+
+def test_words_are_features_of_their_own():
+    prompts, chosen = [""] * 8, ["thank you very much"] * 8
+    rejected = ["you very much no"] * 8
+    model = NGramPreference(analyzer="word", ngram_range=(1, 1))
+    model.fit(prompts, chosen, rejected)
+    high, low, piece, unknown = model([""] * 4, ["thank", "no", "than", "xyz"])
+    assert high > low
+    assert piece == unknown, "a piece of a word is none"
+
+
+@pytest.mark.parametrize("setting", [{"part": "third"}, {"analyzer": "sentence"}])
+def test_unknown_parts_and_analyzers_are_refused(setting):
+    with pytest.raises(ValueError, match="must be one of"):
+        NGramPreference(**setting)
+
+
+def test_length_alone_learns_its_direction_from_the_train_pairs():
+    longer, shorter = (["long one"] * 9, ["short"] * 9), (["short"] * 9, ["long one"] * 9)
+    held_out = (["aaaa", "aaaa", "a", "aa"], ["b", "bb", "bbbb", "bb"])
+    assert length_alone(longer, held_out).value == (2 + 0.5) / 4
+    assert length_alone(shorter, held_out).value == (1 + 0.5) / 4
