@@ -112,8 +112,8 @@ class NGramPreference:
             vectorizer.fit(answers)
         except ValueError as error:
             raise UserError(
-                f"scoring.rewards: no n-gram of {self.ngram_range} {_UNITS[self.analyzer]} occurs in "
-                f"{_MIN_ANSWERS_PER_NGRAM} answers of {len(chosen)} pairs: give more pairs or "
+                f"scoring.rewards: no n-gram of {self.ngram_range} {_UNITS[self.analyzer]} occurs "
+                f"in {_MIN_ANSWERS_PER_NGRAM} answers of {len(chosen)} pairs: give more pairs or "
                 f"shorter n-grams ({error})"
             ) from error
         # Every other pair is shown the other way round: the solver wants two classes, and without
