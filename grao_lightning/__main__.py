@@ -14,6 +14,8 @@ Align a language model with GRAO (arXiv 2508.07750) on PyTorch Lightning.
 commands:
   fit       train:              grao fit --config configs/quickstart.yaml
   validate  measure RAS, NAG:   grao validate --config ... [--ckpt_path ...]
+  compare   several methods side by side, and a report:
+                                grao compare --config configs/compare_keywords.yaml
   export    write a Hugging Face folder:
                                 grao export --ckpt_path ... --output ...
 
@@ -37,7 +39,7 @@ def main() -> int:
     if arguments[0] == "--version":
         print(f"grao-lightning {__version__}")
         return 0
-    commands = ("fit", "validate", "export")
+    commands = ("fit", "validate", "compare", "export")
     if arguments[0] not in commands:
         print(
             f"grao: no command {arguments[0]!r}; there are {', '.join(commands)}", file=sys.stderr
@@ -56,6 +58,10 @@ def _run(arguments: list[str]) -> int:
             from grao_lightning.export import export_command
 
             export_command(arguments[1:])
+        elif arguments[0] == "compare":
+            from grao_lightning.compare.command import compare_command
+
+            return compare_command(arguments[1:])
         else:
             gc.disable()  # looking for garbage among what is imported would take a fifth of it
             from grao_lightning.cli import run

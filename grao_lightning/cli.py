@@ -14,6 +14,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from grao_lightning.callbacks.answers import ValidationAnswers
 from grao_lightning.callbacks.clipping import ReferenceAwareClipping
 from grao_lightning.callbacks.console import StepProgressBar
 from grao_lightning.callbacks.panels import TensorBoardPanels
@@ -70,7 +71,12 @@ class GRAOCommandLine(LightningCLI):
                     "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
                     "init_args": {"save_dir": "runs", "name": None},
                 },
-                "callbacks": [StepProgressBar(), TensorBoardPanels(), RunSummary()],
+                "callbacks": [
+                    StepProgressBar(),
+                    TensorBoardPanels(),
+                    RunSummary(),
+                    ValidationAnswers(),
+                ],
             },
         )
 

@@ -1,0 +1,88 @@
+"""What the newest validation saw, prompt by prompt: ``answers.jsonl`` in the run's folder."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+
+from grao_lightning.batch import PromptBatch
+
+
+class ValidationAnswers(Callback):
+    """Writes one line a validation prompt: texts, lengths, rewards and outcomes.
+
+    Other ranks than the first write ``answers.rank1.jsonl`` and so on. A missing score is null.
+    """
+
+    def __init__(self) -> None:
+        self._rows: list[dict[str, Any]] = []
+        self._folder = Path()
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Ask for the run's folder on all ranks: Lightning broadcasts it."""
+        self._folder = Path(trainer.log_dir or trainer.default_root_dir)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Forget the validation before."""
+        self._rows = []
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: PromptBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Take in a batch."""
+        self._rows += answer_rows(batch)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Write the rows, whole or not at all."""
+        if trainer.sanity_checking:
+            return
+        rank = f".rank{trainer.global_rank}" if trainer.global_rank else ""
+        path = self._folder / f"answers{rank}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".tmp")
+        unfinished.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
+        os.replace(unfinished, path)
+
+
+def answer_rows(batch: PromptBatch) -> list[dict[str, Any]]:
+    """Return a row a prompt of a sampled and scored validation batch."""
+    assert batch.completions is not None
+    assert batch.rewards is not None and batch.outcomes is not None
+    rows = []
+    for number, index in enumerate(batch.indices):
+        row = {
+            "index": index,
+            "prompt": batch.prompts[number],
+            "completion": batch.completions.texts[number],
+            "length": len(batch.completions.ids[number]),
+            "truncated": batch.completions.truncated[number],
+            "reward": batch.rewards[number, 0].item(),
+            "outcome": batch.outcomes[number, 0].item(),
+            "reference_answer": batch.reference_answers[number],
+            "reference_answer_length": len(batch.reference_answer_ids[number]),
+            "reference_answer_reward": batch.rewards[number, 1].item(),
+        }
+        if batch.base_completions is not None:
+            assert batch.base_rewards is not None and batch.base_outcomes is not None
+            assert batch.gain_outcomes is not None
+            row |= {
+                "base_completion": batch.base_completions.texts[number],
+                "base_length": len(batch.base_completions.ids[number]),
+                "base_reward": batch.base_rewards[number].item(),
+                "base_outcome": batch.base_outcomes[number].item(),
+                "gain_outcome": batch.gain_outcomes[number].item(),
+            }
+        missing = {
+            name for name, value in row.items() if isinstance(value, float) and math.isnan(value)
+        }
+        rows.append({name: None if name in missing else value for name, value in row.items()})
+    return rows

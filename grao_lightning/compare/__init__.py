@@ -1,0 +1,1 @@
+"""``grao compare``: many runs of ``grao fit`` on the same prompts, and a report of them."""

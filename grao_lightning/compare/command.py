@@ -1,0 +1,162 @@
+"""``grao compare``: a plan -> runs -> a report."""
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from grao_lightning.compare.plan import Plan, Run, Settings, read_plan
+from grao_lightning.faults import UserError
+
+
+def compare_command(arguments: Sequence[str]) -> int:
+    """Run ``grao compare`` with its arguments; return the exit status.
+
+    Raises:
+        UserError: The plan has faults, or nothing has finished yet to report.
+    """
+    parser = argparse.ArgumentParser(
+        prog="grao compare",
+        description="Run several methods on the same prompts, side by side, and write a report: "
+        "tables with intervals, curves, studies. Started again, it goes on where it was cut off.",
+    )
+    parser.add_argument("--config", required=True, help="plan, like configs/compare_keywords.yaml")
+    parser.add_argument("--output", help="folder of runs and report, instead of the plan's")
+    parser.add_argument("--jobs", type=int, help="runs side by side, instead of the plan's")
+    parser.add_argument(
+        "--report_only", action="store_true", help="report on what has finished, run nothing"
+    )
+    options = parser.parse_args(arguments)
+    plan = read_plan(options.config, options.output, options.jobs)
+    failed = {} if options.report_only else carry_out_plan(plan)
+    from grao_lightning.compare.report import write_report
+
+    for name, error in failed.items():
+        print(f"grao: run {name} failed: {error}", file=sys.stderr)
+    comparison = gather(plan, failed)
+    write_report(comparison, plan.output)
+    print((plan.output / "report.md").read_text())
+    print(f"written: {plan.output / 'report.html'}")
+    return 1 if failed else 0
+
+
+def carry_out_plan(plan: Plan) -> dict[str, str]:
+    """Carry out every run of a plan, the sweep first; return errors by run."""
+    from grao_lightning.compare.runs import carry_out
+
+    plan.output.mkdir(parents=True, exist_ok=True)
+    trials = [run for group in plan.trials().values() for seeds in group for run in seeds]
+    failed = carry_out(trials, plan.output, plan.jobs, _Line("sweep"))
+    chosen = {key: best[0][0] for key, best in swept(plan).items() if best}
+    rest = [run for runs in plan.table(chosen).values() for run in runs]
+    for name in plan.studies:
+        rest += [run for runs in plan.study(name, chosen).values() for run in runs]
+    return failed | carry_out(rest, plan.output, plan.jobs, _Line("runs"))
+
+
+def swept(plan: Plan) -> dict[tuple[str, str], list[tuple[Settings, float]]]:
+    """Return of each (method, case) that is swept its trials with their figure, best first."""
+    found = {}
+    for (method, case), trials in plan.trials().items():
+        assert plan.sweep is not None
+        scored = []
+        for settings, runs in zip(plan.sweep.trials[method], trials, strict=True):
+            finished = _finished(plan, runs)
+            if len(finished) == len(runs):
+                values = [run.summary[plan.sweep.metric]["value"] for run in finished]
+                scored.append((settings, sum(values) / len(values)))
+        found[method, case] = sorted(scored, key=lambda trial: -trial[1])
+    return found
+
+
+def gather(plan: Plan, failed: dict[str, str]) -> Any:
+    """Return the `Comparison` of all that has finished.
+
+    Raises:
+        UserError: Nothing has.
+    """
+    from grao_lightning.compare.report import Comparison
+    from grao_lightning.compare.results import compare_methods, figures_of
+
+    trials = swept(plan)
+    chosen = {key: best[0][0] for key, best in trials.items() if best}
+    by_case: dict[str, dict[str, Any]] = {case: {} for case in plan.cases}
+    settings: dict[tuple[str, str], Settings] = {}
+    for (method, case), runs in plan.table(chosen).items():
+        finished = _finished(plan, runs)
+        if finished:
+            by_case[case][method] = finished
+            settings[method, case] = runs[0].settings
+    by_case = {case: runs for case, runs in by_case.items() if runs}
+    if not by_case:
+        raise UserError(f"output: no run in {plan.output} has finished; nothing to report")
+    cases = {}
+    for case, of_methods in by_case.items():
+        cases[case] = {
+            method: figures_of(runs, settings[method, case]) for method, runs in of_methods.items()
+        }
+        compare_methods(of_methods, cases[case], plan.against)
+    studies = {}
+    for name in plan.studies:
+        entries = {
+            label: figures_of(finished, runs[0].settings)
+            for label, runs in plan.study(name, chosen).items()
+            if (finished := _finished(plan, runs))
+        }
+        if entries:
+            studies[name] = entries
+    return Comparison(
+        against=plan.against,
+        cases=cases,
+        studies=studies,
+        swept=trials,
+        metric=plan.sweep.metric if plan.sweep else "ras",
+        answers={
+            case: {method: runs[0] for method, runs in of_methods.items()}
+            for case, of_methods in by_case.items()
+        },
+        failed=failed,
+        minutes=_minutes(plan),
+    )
+
+
+def _finished(plan: Plan, runs: Sequence[Run]) -> list[Any]:
+    from grao_lightning.compare.results import FinishedRun
+    from grao_lightning.compare.runs import folder_of, is_finished
+
+    return [
+        FinishedRun(folder_of(run, plan.output)) for run in runs if is_finished(run, plan.output)
+    ]
+
+
+def _minutes(plan: Plan) -> float:
+    import json
+
+    files = Path(plan.output / "runs").glob("*/finished.json")
+    return sum(json.loads(file.read_text())["seconds"] for file in files) / 60
+
+
+class _Line:
+    """One line that says how far the runs are."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._started = time.monotonic()
+        self._first: int | None = None
+
+    def __call__(self, finished: int, number: int, running: list[str]) -> None:
+        if self._first is None:
+            self._first = finished
+        minutes = (time.monotonic() - self._started) / 60
+        done = finished - self._first
+        left = (number - finished) * minutes / done if done else math.nan
+        text = f"{self._what} {finished}/{number}, {minutes:.1f} min"
+        if done and number > finished:
+            text += f", about {left:.1f} left"
+        names = ", ".join(name.rpartition("-")[0] for name in running)
+        end = "\n" if finished == number or not sys.stdout.isatty() else ""
+        start = "\r\033[K" if sys.stdout.isatty() else ""
+        print(f"{start}{text}{': ' + names if names else ''}", end=end, flush=True)

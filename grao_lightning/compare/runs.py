@@ -1,0 +1,141 @@
+"""Carries out runs of ``grao fit``, several side by side; finished ones are not repeated."""
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from multiprocessing import get_context
+from pathlib import Path
+
+from grao_lightning.compare.plan import Run
+
+Progress = Callable[[int, int, list[str]], None]  # finished, all, what is running
+
+
+def folder_of(run: Run, output: Path) -> Path:
+    """Return where a run's events, checkpoints and figures lie."""
+    return output / "runs" / run.name
+
+
+def carry_out(runs: Sequence[Run], output: Path, jobs: int, progress: Progress) -> dict[str, str]:
+    """Carry out the runs that are not finished; return the errors of those that failed, by name.
+
+    A run that was cut off goes on from its last checkpoint, and ends as if it had not been.
+
+    Args:
+        runs: Equal ones are carried out once.
+        output: Folder of the comparison.
+        jobs: Processes side by side; each has its share of the cores.
+        progress: Called whenever a run begins or ends.
+    """
+    waiting = {run.name: run for run in runs}
+    number = len(waiting)
+    waiting = {name: run for name, run in waiting.items() if not is_finished(run, output)}
+    failed: dict[str, str] = {}
+    done = number - len(waiting)
+    progress(done, number, [])
+    if not waiting:
+        return failed
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    # A fresh interpreter a worker; what torch and OpenMP hold is not forked.
+    with ProcessPoolExecutor(
+        jobs, mp_context=get_context("spawn"), initializer=_prepare, initargs=(threads,)
+    ) as pool:
+        order = list(waiting)
+        futures = {pool.submit(_work, waiting[name], output): name for name in order}
+        while futures:
+            finished, _ = wait(futures, return_when=FIRST_COMPLETED)
+            for future in finished:
+                name = futures.pop(future)
+                error = future.result()
+                if error:
+                    failed[name] = error
+                done += 1
+            running = list(futures.values())[:jobs]
+            progress(done, number, running)
+    return failed
+
+
+def is_finished(run: Run, output: Path) -> bool:
+    """Return whether a run has come to its end."""
+    return (folder_of(run, output) / "finished.json").exists()
+
+
+def _prepare(threads: int) -> None:
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def _work(run: Run, output: Path) -> str | None:
+    """Carry out a run in this process; return its error, if any."""
+    folder = folder_of(run, output)
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    started = time.monotonic()
+    with _into(folder / "log.txt"):
+        try:
+            if checkpoint.exists():
+                try:
+                    _fit(run, folder, checkpoint)
+                except Exception:  # cut off while it was written: from the start, then
+                    traceback.print_exc()
+                    shutil.rmtree(folder / "checkpoints")
+                    _fit(run, folder, None)
+            else:
+                _fit(run, folder, None)
+        except Exception as error:
+            traceback.print_exc()
+            return f"{type(error).__name__}: {error}"
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    unfinished = folder / "finished.tmp"
+    found = {
+        "label": run.label,
+        "settings": run.settings,
+        "seed": run.seed,
+        "seconds": time.monotonic() - started,
+    }
+    unfinished.write_text(json.dumps(found, indent=1))
+    os.replace(unfinished, folder / "finished.json")
+    return None
+
+
+def _fit(run: Run, folder: Path, checkpoint: Path | None) -> None:
+    from grao_lightning.cli import run as run_command
+
+    arguments = [
+        *run.arguments,
+        f"--trainer.logger.init_args.save_dir={folder.parent}",
+        f"--trainer.logger.init_args.name={folder.name}",
+        "--trainer.logger.init_args.version=.",
+        "--trainer.enable_progress_bar=false",
+        f"--last_checkpoint.dirpath={folder / 'checkpoints'}",
+        f"--best_checkpoint.dirpath={folder / 'checkpoints'}",
+    ]
+    if checkpoint is not None:
+        arguments.append(f"--ckpt_path={checkpoint}")
+    sys.argv = ["grao", "fit", *arguments]
+    run_command("fit")
+
+
+@contextlib.contextmanager
+def _into(log: Path) -> Iterator[None]:
+    """Send all that this process writes to a file, libraries below Python included."""
+    kept = [os.dup(number) for number in (1, 2)]
+    with log.open("a") as file:
+        try:
+            for number in (1, 2):
+                os.dup2(file.fileno(), number)
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, old in zip((1, 2), kept, strict=True):
+                os.dup2(old, number)
+                os.close(old)
