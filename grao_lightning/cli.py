@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from grao_lightning.callbacks.answers import ValidationAnswers
+from grao_lightning.callbacks.checkpoint import LastCheckpoint
 from grao_lightning.callbacks.clipping import ReferenceAwareClipping
 from grao_lightning.callbacks.console import StepProgressBar
 from grao_lightning.callbacks.panels import TensorBoardPanels
@@ -106,7 +107,7 @@ class GRAOCommandLine(LightningCLI):
         parser.add_lightning_class_args(GroupScoring, "scoring")
         parser.add_lightning_class_args(ReferenceAwareClipping, "clipping")
         parser.add_lightning_class_args(ModelCheckpoint, "best_checkpoint")
-        parser.add_lightning_class_args(ModelCheckpoint, "last_checkpoint")
+        parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
         parser.set_defaults(
             {
                 "model": {"class_path": "grao_lightning.GRAOModule"},

@@ -47,7 +47,8 @@ class Comparison:
 def write_report(comparison: Comparison, folder: Path) -> None:
     """Write results.json, results.csv, studies.csv, report.md, report.html and the pictures."""
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "results.json", json.dumps(_plain(comparison), indent=1) + "\n")
+    content = _without_nan(_plain(comparison))
+    _write(folder / "results.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
     _write_csv(folder / "results.csv", "case", comparison.cases)
     _write_csv(folder / "studies.csv", "study", comparison.studies)
     pictures = _draw(comparison, folder)
@@ -227,6 +228,15 @@ def _plain(comparison: Comparison) -> dict[str, Any]:
         "failed": comparison.failed,
         "minutes_of_all_runs": comparison.minutes,
     }
+
+
+def _without_nan(content: Any) -> Any:
+    """Return content with null for NaN, which JSON has not."""
+    if isinstance(content, dict):
+        return {name: _without_nan(part) for name, part in content.items()}
+    if isinstance(content, list):
+        return [_without_nan(part) for part in content]
+    return None if isinstance(content, float) and math.isnan(content) else content
 
 
 def _write_csv(file: Path, kind: str, groups: Mapping[str, Mapping[str, Figures]]) -> None:
