@@ -86,9 +86,10 @@ class Run:
     @property
     def arguments(self) -> list[str]:
         """Return the arguments of ``grao fit``."""
+        # A class comes before its settings, or it would drop them.
         changed = [
             f"--{name}={value if isinstance(value, str) else json.dumps(value)}"
-            for name, value in self.settings.items()
+            for name, value in sorted(self.settings.items(), key=lambda item: item[0].count("."))
         ]
         return ["--config", str(self.config), f"--seed_everything={self.seed}", *changed]
 

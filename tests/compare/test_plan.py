@@ -75,11 +75,11 @@ def test_equal_runs_share_a_folder_and_whatever_decides_the_result_makes_another
 
 
 def test_settings_go_to_the_command_line_as_they_are_read_there(write):
-    settings = {"a.text": "embedded:x", "a.flag": False, "a.none": None, "a.list": [1, "b"]}
+    settings = {"a.text": "x:y", "a.flag": False, "a.none": None, "a.list": [1, "b"], "a": "K"}
     plan = read_plan(write(cases={"one": settings}))
     arguments = plan.table({})["A", "one"][1].arguments
     assert arguments == [
-        *("--config", "a.yaml", "--seed_everything=1", "--a.text=embedded:x"),
+        *("--config", "a.yaml", "--seed_everything=1", "--a=K", "--a.text=x:y"),
         *("--a.flag=false", "--a.none=null", '--a.list=[1, "b"]'),
     ]
 
