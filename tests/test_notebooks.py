@@ -22,3 +22,23 @@ def test_quickstart_trains_beyond_the_reference_answers_and_plots_it(quickstart)
     assert before < 50 < 85 < after
     pictures = [output for output in outputs if "image/png" in output.get("data", {})]
     assert len(pictures) == 1
+
+
+@pytest.fixture
+def comparison(repository):
+    """The executed notebook on comparisons; it writes to a temporary folder."""
+    notebook = nbformat.read(repository / "notebooks" / "compare_methods.ipynb", as_version=4)
+    assert all(not cell.get("outputs") for cell in notebook.cells), "commit notebooks cleared"
+    where = {"metadata": {"path": str(repository / "notebooks")}}
+    return NotebookClient(notebook, timeout=300, resources=where).execute()
+
+
+def test_the_comparison_is_made_and_the_whole_ones_figures_are_shown(comparison):
+    outputs = [output for cell in comparison.cells for output in cell.get("outputs", [])]
+    data = [output.get("data", {}) for output in outputs]
+    (table,) = ("".join(part["text/markdown"]) for part in data if "text/markdown" in part)
+    for method in ("GRAO", "GRPO", "DPO"):
+        assert f"| {method} | " in table
+    assert sum("image/png" in part for part in data) == 2
+    printed = "".join(output.get("text", "") for output in outputs)
+    assert "ablation" in printed and "literal sign" in printed

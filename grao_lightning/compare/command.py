@@ -49,7 +49,7 @@ def carry_out_plan(plan: Plan) -> dict[str, str]:
 
     plan.output.mkdir(parents=True, exist_ok=True)
     trials = [run for group in plan.trials().values() for seeds in group for run in seeds]
-    failed = carry_out(trials, plan.output, plan.jobs, _Line("sweep"))
+    failed = carry_out(trials, plan.output, plan.jobs, _Line("sweep")) if trials else {}
     chosen = {key: best[0][0] for key, best in swept(plan).items() if best}
     rest = [run for runs in plan.table(chosen).values() for run in runs]
     for name in plan.studies:

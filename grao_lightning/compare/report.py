@@ -154,8 +154,8 @@ def _sections(comparison: Comparison) -> list[tuple[str, str, list[Row]]]:
         parts.append(
             (
                 f"Methods, {case}",
-                f"{first.seeds} seeds, {first.prompts} validation prompts, the same for all. "
-                "Intervals cover new prompts and new seeds.",
+                f"{first.prompts} validation prompts, the same for all; intervals cover new prompts"
+                + (f" and new seeds, of which {first.seeds} ran." if first.seeds > 1 else "."),
                 method_table(methods, comparison.against),
             )
         )
