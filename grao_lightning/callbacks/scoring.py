@@ -173,7 +173,7 @@ class GroupScoring(Callback):
             accuracy = function.accuracy(*held_out)
             self.held_out_accuracy[label] = accuracy
             log.info(
-                "%s, learned from %d train pairs: held-out pair accuracy %.1f %% [%.1f, %.1f] on "
+                "%s, given %d train pairs: held-out pair accuracy %.1f %% [%.1f, %.1f] on "
                 "%d validation pairs",
                 label,
                 len(pairs[0]),

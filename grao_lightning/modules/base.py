@@ -221,6 +221,8 @@ class AlignmentModule(LightningModule):
                 already divided by counts over all devices.
         """
         coefficients = coefficients.to(self.device)
+        if batch.outward_limits is not None:
+            batch.statistics.mean("clip_ratio/outward", torch.empty(0))  # ranks without signal too
         collected = self.accumulate(
             rows,
             split_by_tokens(
