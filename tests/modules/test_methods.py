@@ -275,3 +275,64 @@ def test_dpo_refuses_rows_without_a_rejected_answer(tmp_path):
     run = trainer(tmp_path, callbacks=stages())
     with pytest.raises(UserError, match="9 of 9 rows have none: use preference data"):
         run.fit(made("dpo"), datamodule=data)
+
+
+def test_grpo_takes_no_gradient_from_completions_cut_off_where_it_shall_not(tmp_path):
+    """The gradient is that of the others alone, divided by the tokens of the others."""
+    options = {"aggregation": "tokens", "mask_truncated_completions": True, "weight_decay": 0.0}
+    module = GRPOModule(policy="embedded:keywords-weak", **options)
+    grab = Grab()
+    callbacks = [*stages({"max_new_tokens": 7}, clipping={"max_norm": 1e9}), grab]
+    fit(tmp_path, module=module, callbacks=callbacks, max_steps=1, precision="64-true")
+    batch = grab.batch
+    assert batch.completions.max_tokens == 7
+    cut = batch.completions.truncated
+    assert 0 < sum(cut) < len(cut)
+    module.load_state_dict(grab.before)
+    module.zero_grad()
+    advantages = batch.advantages[:, :-1].flatten()
+    whole = [number for number, is_cut in enumerate(cut) if not is_cut]
+    assert any(advantages[number] != 0 for number in whole)
+    rows = batch.completion_rows()
+    total = sum(len(rows[number].answer_ids) for number in whole)
+    loss = -sum(
+        advantages[number] * naive_logprobs(module.policy, rows[number]).sum() for number in whole
+    )
+    (loss / total).backward()
+    assert_same_gradients(module, grab.gradients)
+
+
+def test_updates_of_a_rollout_follow_the_loss_of_the_policy_that_sampled(tmp_path):
+    """Two updates at a rate of 0 see the same policy: the same gradient twice, ratios of 1."""
+    norms = Norms()
+    module = made("ppo", updates_per_rollout=2, learning_rate=0.0, weight_decay=0.0)
+    fit(tmp_path, module=module, callbacks=[*stages(), norms], max_steps=1, precision="64-true")
+    assert norms.values[0] == pytest.approx(norms.values[1], rel=1e-9) and norms.values[0] > 1e-3
+
+
+@pytest.mark.parametrize("bound", [None, 0.2])
+def test_a_value_that_moved_beyond_its_bound_teaches_the_head_no_more(tmp_path, bound):
+    """With a head that moves far in one update, the second one's value loss has no gradient."""
+    heads = []
+
+    class Record(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+            heads.append(pl_module.value_head.bias.grad.abs().item())
+
+    class FarReturns(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            batch.compared = torch.full_like(batch.compared, 50.0)
+
+    module = PPOModule(
+        policy="embedded:keywords-weak",
+        learning_rate=0.5,
+        updates_per_rollout=2,
+        value_clip=bound,
+        trace=1.0,
+    )
+    callbacks = [*stages(clipping={"max_norm": 1e9}), FarReturns(), Record()]
+    fit(tmp_path, module=module, callbacks=callbacks, max_steps=1)
+    assert heads[0] > 1.0
+    # The value, up by .5 or more, is beyond the bound and on the way to the return: only the other,
+    # unclipped error is larger where it overshot, which 50 is too far away for.
+    assert (heads[1] > 1.0) == (bound is None)
