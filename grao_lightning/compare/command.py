@@ -54,7 +54,8 @@ def carry_out_plan(plan: Plan) -> dict[str, str]:
     rest = [run for runs in plan.table(chosen).values() for run in runs]
     for name in plan.studies:
         rest += [run for runs in plan.study(name, chosen).values() for run in runs]
-    return failed | carry_out(rest, plan.output, plan.jobs, _Line("runs"))
+    keep = plan.keep_checkpoints
+    return failed | carry_out(rest, plan.output, plan.jobs, _Line("runs"), keep_checkpoints=keep)
 
 
 def swept(plan: Plan) -> dict[tuple[str, str], list[tuple[Settings, float]]]:

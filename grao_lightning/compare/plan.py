@@ -16,7 +16,10 @@ from grao_lightning.faults import Faults, UserError
 
 Settings = dict[str, Any]  # dotted name -> value, as on the command line of ``grao fit``
 
-_KNOWN = ("output", "jobs", "seeds", "against", "cases", "methods", "sweep", "studies")
+_KNOWN = (
+    *("output", "jobs", "seeds", "against", "cases", "methods", "sweep", "studies"),
+    "keep_checkpoints",
+)
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Plan:
-    """All of it; see `configs/compare_keywords.yaml`."""
+    """All of it; see `configs/compare_keywords.yaml`.
+
+    With ``keep_checkpoints`` a finished run of the table keeps its checkpoints.
+    """
 
     output: Path
     jobs: int
@@ -106,6 +112,7 @@ class Plan:
     methods: dict[str, Method]
     sweep: Sweep | None
     studies: dict[str, Study]
+    keep_checkpoints: bool = False
 
     def run(self, method: str, case: str, seed: int, *more: Settings) -> Run:
         """Return a run of a method in a case."""
@@ -229,6 +236,7 @@ def _plan(content: dict[str, Any], faults: Faults) -> Plan:
         methods=methods,
         sweep=sweep,
         studies=studies,
+        keep_checkpoints=bool(content.get("keep_checkpoints", False)),
     )
 
 

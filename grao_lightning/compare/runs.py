@@ -22,7 +22,14 @@ def folder_of(run: Run, output: Path) -> Path:
     return output / "runs" / run.name
 
 
-def carry_out(runs: Sequence[Run], output: Path, jobs: int, progress: Progress) -> dict[str, str]:
+def carry_out(
+    runs: Sequence[Run],
+    output: Path,
+    jobs: int,
+    progress: Progress,
+    *,
+    keep_checkpoints: bool = False,
+) -> dict[str, str]:
     """Carry out the runs that are not finished; return the errors of those that failed, by name.
 
     A run that was cut off goes on from its last checkpoint, and ends as if it had not been.
@@ -32,6 +39,7 @@ def carry_out(runs: Sequence[Run], output: Path, jobs: int, progress: Progress) 
         output: Folder of the comparison.
         jobs: Processes side by side; each has its share of the cores.
         progress: Called whenever a run begins or ends.
+        keep_checkpoints: Whether finished runs keep theirs; answers and events always stay.
     """
     waiting = {run.name: run for run in runs}
     number = len(waiting)
@@ -47,7 +55,9 @@ def carry_out(runs: Sequence[Run], output: Path, jobs: int, progress: Progress) 
         jobs, mp_context=get_context("spawn"), initializer=_prepare, initargs=(threads,)
     ) as pool:
         order = list(waiting)
-        futures = {pool.submit(_work, waiting[name], output): name for name in order}
+        futures = {
+            pool.submit(_work, waiting[name], output, keep_checkpoints): name for name in order
+        }
         while futures:
             finished, _ = wait(futures, return_when=FIRST_COMPLETED)
             for future in finished:
@@ -73,7 +83,7 @@ def _prepare(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _work(run: Run, output: Path) -> str | None:
+def _work(run: Run, output: Path, keep_checkpoints: bool) -> str | None:
     """Carry out a run in this process; return its error, if any."""
     folder = folder_of(run, output)
     folder.mkdir(parents=True, exist_ok=True)
@@ -93,7 +103,8 @@ def _work(run: Run, output: Path) -> str | None:
         except Exception as error:
             traceback.print_exc()
             return f"{type(error).__name__}: {error}"
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    if not keep_checkpoints:
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     unfinished = folder / "finished.tmp"
     found = {
         "label": run.label,

@@ -153,6 +153,7 @@ def test_the_sweep_decides_by_its_own_seed(finished):
 
 def test_a_studys_entry_that_equals_the_tables_is_not_run_again(finished):
     folder, printed = finished
+    assert not list(folder.glob("runs/*/checkpoints")), "kept without being asked for"
     study, table = results(folder)["studies"]["sign"], results(folder)["cases"]["weak base"]
     assert study["gated"]["ras"] == table["GRAO"]["ras"]
     assert study["literal"]["settings"]["model.init_args.gate"] is False
@@ -239,13 +240,15 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(repository, tmp_path, mon
         "GRAO": PLAN["methods"]["GRAO"],
         "broken": {"config": "configs/quickstart.yaml", "settings": {"model.init_args.betaa": 1}},
     }
-    process = start(repository, tmp_path / "f", methods=methods, sweep=None, studies={}, seeds=[0])
+    changes = {"methods": methods, "sweep": None, "studies": {}, "seeds": [0]}
+    process = start(repository, tmp_path / "f", **changes, keep_checkpoints=True)
     printed, _ = process.communicate(timeout=300)
     assert process.returncode == 1
     assert "broken weak base seed 0" in printed.replace("-", " ") and "betaa" in printed
     content = results(tmp_path / "f")
     assert list(content["cases"]["weak base"]) == ["GRAO"]
     assert len(content["failed"]) == 1
+    assert (runs(tmp_path / "f", "GRAO")[0] / "checkpoints" / "last.ckpt").exists()
     assert "Failed runs" in (tmp_path / "f" / "report.md").read_text()
 
 
