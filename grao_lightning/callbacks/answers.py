@@ -2,13 +2,13 @@
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
 from grao_lightning.batch import PromptBatch
+from grao_lightning.files import write_whole
 
 
 class ValidationAnswers(Callback):
@@ -46,11 +46,8 @@ class ValidationAnswers(Callback):
         if trainer.sanity_checking:
             return
         rank = f".rank{trainer.global_rank}" if trainer.global_rank else ""
-        path = self._folder / f"answers{rank}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".tmp")
-        unfinished.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
-        os.replace(unfinished, path)
+        lines = "".join(json.dumps(row) + "\n" for row in self._rows)
+        write_whole(self._folder / f"answers{rank}.jsonl", lines)
 
 
 def answer_rows(batch: PromptBatch) -> list[dict[str, Any]]:

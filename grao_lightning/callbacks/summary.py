@@ -1,7 +1,6 @@
 """What a run leaves: a table on the console and ``summary.json`` in its folder."""
 
 import json
-import os
 import resource
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from grao_lightning.callbacks.scoring import GroupScoring
+from grao_lightning.files import write_whole
 from grao_lightning.metrics import Estimate
 from grao_lightning.randomness import run_seed
 
@@ -98,10 +98,7 @@ class RunSummary(Callback):
             "precision": trainer.precision,
             "config": self.config,
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(summary, indent=2, default=str) + "\n")
-        os.replace(unfinished, path)
+        write_whole(path, json.dumps(summary, indent=2, default=str) + "\n")
 
 
 def summary_table(estimates: dict[str, Estimate], ties_as: str, gain: str) -> str:

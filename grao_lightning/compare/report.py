@@ -3,17 +3,19 @@
 import base64
 import csv
 import html
+import io
 import json
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from grao_lightning.compare.analysis import Crossed
 from grao_lightning.compare.plots import draw_curves, draw_shares, draw_study
 from grao_lightning.compare.results import Figures, FinishedRun
+from grao_lightning.files import write_whole
 
 NUM_ANSWERS = 10
 Row = list[str]
@@ -48,14 +50,14 @@ def write_report(comparison: Comparison, folder: Path) -> None:
     """Write results.json, results.csv, studies.csv, report.md, report.html and the pictures."""
     folder.mkdir(parents=True, exist_ok=True)
     content = _without_nan(_plain(comparison))
-    _write(folder / "results.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
+    write_whole(folder / "results.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
     _write_csv(folder / "results.csv", "case", comparison.cases)
     _write_csv(folder / "studies.csv", "study", comparison.studies)
     pictures = _draw(comparison, folder)
     parts = _sections(comparison)
-    _write(folder / "report.md", _markdown(parts))
+    write_whole(folder / "report.md", _markdown(parts))
     answers = {case: side_by_side(runs, NUM_ANSWERS) for case, runs in comparison.answers.items()}
-    _write(folder / "report.html", _page(parts, pictures, answers))
+    write_whole(folder / "report.html", _page(parts, pictures, answers))
 
 
 def method_table(methods: Mapping[str, Figures], against: str) -> list[Row]:
@@ -76,15 +78,14 @@ def method_table(methods: Mapping[str, Figures], against: str) -> list[Row]:
     for name, one in methods.items():
         difference, p = "", ""
         if one.difference is not None:
-            value, low, high = (100 * part for part in one.difference[:3])
-            difference = f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
+            difference = _signed(one.difference)
             p = _p_value(one.p_adjusted)
         rows.append(
             [
                 name,
                 _interval(one),
                 " / ".join(f"{100 * seed:.1f}" for seed in one.ras_by_seed),
-                f"{100 * one.nag.value:+.1f} [{100 * one.nag.low:+.1f}, {100 * one.nag.high:+.1f}]",
+                _signed(one.nag),
                 difference,
                 p,
                 _count(one.steps_to_level),
@@ -198,6 +199,11 @@ def _interval(one: Figures) -> str:
     return f"{value:.1f} [{low:.1f}, {high:.1f}]"
 
 
+def _signed(mean: Crossed) -> str:
+    value, low, high = (100 * part for part in mean[:3])
+    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
 def _p_value(p: float | None) -> str:
     if p is None or math.isnan(p):
         return ""
@@ -246,21 +252,20 @@ def _write_csv(file: Path, kind: str, groups: Mapping[str, Mapping[str, Figures]
         *("seeds", "prompts"),
     )
     ends = ("value", "low", "high")
-    unfinished = file.with_suffix(".tmp")
-    with unfinished.open("w", newline="") as out:
-        writer = csv.writer(out)
-        estimates = [f"{name}_{end}" for name in ("ras", "nag", "difference") for end in ends]
-        writer.writerow([kind, "name", *estimates, "p_adjusted", *names, "settings"])
-        for group, rows in groups.items():
-            for label, one in rows.items():
-                cells = [
-                    "" if part is None else getattr(part, end)
-                    for part in (one.ras, one.nag, one.difference)
-                    for end in ends
-                ]
-                rest = [getattr(one, name) for name in ("p_adjusted", *names)]
-                writer.writerow([group, label, *cells, *rest, json.dumps(one.settings)])
-    os.replace(unfinished, file)
+    out = io.StringIO()
+    writer = csv.writer(out)
+    estimates = [f"{name}_{end}" for name in ("ras", "nag", "difference") for end in ends]
+    writer.writerow([kind, "name", *estimates, "p_adjusted", *names, "settings"])
+    for group, rows in groups.items():
+        for label, one in rows.items():
+            cells = [
+                "" if part is None else getattr(part, end)
+                for part in (one.ras, one.nag, one.difference)
+                for end in ends
+            ]
+            rest = [getattr(one, name) for name in ("p_adjusted", *names)]
+            writer.writerow([group, label, *cells, *rest, json.dumps(one.settings)])
+    write_whole(file, out.getvalue())
 
 
 def _draw(comparison: Comparison, folder: Path) -> dict[str, Path]:
@@ -329,12 +334,6 @@ def _html_row(cells: Sequence[str], tag: str = "td") -> str:
 
 def _text(value: Any) -> str:
     return html.escape(str(value)).replace("\n", "<br>")
-
-
-def _write(file: Path, content: str) -> None:
-    unfinished = file.with_suffix(".tmp")
-    unfinished.write_text(content)
-    os.replace(unfinished, file)
 
 
 _FRAME = """<!doctype html>

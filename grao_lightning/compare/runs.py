@@ -13,6 +13,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from grao_lightning.compare.plan import Run
+from grao_lightning.files import write_whole
 
 Progress = Callable[[int, int, list[str]], None]  # finished, all, what is running
 
@@ -87,34 +88,35 @@ def _work(run: Run, output: Path, keep_checkpoints: bool) -> str | None:
     """Carry out a run in this process; return its error, if any."""
     folder = folder_of(run, output)
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint = folder / "checkpoints" / "last.ckpt"
     started = time.monotonic()
     with _into(folder / "log.txt"):
         try:
-            if checkpoint.exists():
-                try:
-                    _fit(run, folder, checkpoint)
-                except Exception:  # cut off while it was written: from the start, then
-                    traceback.print_exc()
-                    shutil.rmtree(folder / "checkpoints")
-                    _fit(run, folder, None)
-            else:
-                _fit(run, folder, None)
+            _resume_or_fit(run, folder)
         except Exception as error:
             traceback.print_exc()
             return f"{type(error).__name__}: {error}"
     if not keep_checkpoints:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    unfinished = folder / "finished.tmp"
     found = {
         "label": run.label,
         "settings": run.settings,
         "seed": run.seed,
         "seconds": time.monotonic() - started,
     }
-    unfinished.write_text(json.dumps(found, indent=1))
-    os.replace(unfinished, folder / "finished.json")
+    write_whole(folder / "finished.json", json.dumps(found, indent=1))
     return None
+
+
+def _resume_or_fit(run: Run, folder: Path) -> None:
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    if checkpoint.exists():
+        try:
+            _fit(run, folder, checkpoint)
+            return
+        except Exception:  # it may have been cut off while it was written: from the start, then
+            traceback.print_exc()
+            shutil.rmtree(folder / "checkpoints")
+    _fit(run, folder, None)
 
 
 def _fit(run: Run, folder: Path, checkpoint: Path | None) -> None:
