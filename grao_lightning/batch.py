@@ -68,7 +68,7 @@ class PromptBatch:
         prompts: B texts, conversations written as "\\n\\nHuman: ...\\n\\nAssistant:".
         reference_answer_ids: B ragged token id lists, end-of-turn token included.
         reference_answers: B texts.
-        rejected_answer_ids: B ragged token id lists, empty where a row has no rejected answer.
+        rejected_answer_ids: B ragged token id lists, for methods that train on pairs; else none.
         columns: B dicts of the dataset's other columns, for reward functions.
         completions: By `GroupSampling`.
         base_completions: By `GroupSampling`, in validation: the untrained base on the same prompts.

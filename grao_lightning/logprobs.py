@@ -7,7 +7,7 @@ vocabulary, a chunk at a time. Shapes: R rows, K answer tokens of all rows toget
 H hidden.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,13 +110,28 @@ def frozen_logprobs(
         temperature: Divides the logits.
     """
     found = [torch.empty(0)] * len(rows)
-    with torch.no_grad():
-        for micro_batch in split_by_tokens(model, rows, [False] * len(rows), budget):
-            chosen = [rows[number] for number in micro_batch.numbers]
-            computed = token_logprobs(model, chosen, temperature=temperature)
-            for number, logprobs in zip(micro_batch.numbers, computed.by_row(), strict=True):
-                found[number] = logprobs
+    for numbers, computed in frozen_passes(model, rows, budget, temperature=temperature):
+        for number, logprobs in zip(numbers, computed.by_row(), strict=True):
+            found[number] = logprobs
     return found
+
+
+def frozen_passes(
+    model: Any, rows: Sequence[TokenRow], budget: int, *, temperature: float = 1.0
+) -> Iterator[tuple[list[int], TokenLogprobs]]:
+    """Yield row numbers and what the model says of these rows, without gradients.
+
+    Args:
+        model: A Hugging Face causal language model.
+        rows: R prompts with their answers.
+        budget: Most tokens of a micro-batch.
+        temperature: Divides the logits.
+    """
+    for micro_batch in split_by_tokens(model, rows, [False] * len(rows), budget):
+        chosen = [rows[number] for number in micro_batch.numbers]
+        with torch.no_grad():
+            computed = token_logprobs(model, chosen, temperature=temperature)
+        yield micro_batch.numbers, computed
 
 
 def split_together(

@@ -87,6 +87,7 @@ class PromptDataModule(LightningDataModule):
         self._wrong_reference_share = wrong_reference_share
         self.examples: dict[str, list[Example]] = {}
         self.encoder: PromptEncoder | None = None
+        self._reads_rejected = False
 
     def faults(self, world_size: int = 1) -> Faults:
         """Return what is wrong with the settings, as far as it shows without reading data."""
@@ -128,6 +129,8 @@ class PromptDataModule(LightningDataModule):
                 chat_template=self._chat_template,
                 eos_ids=eos_ids(self._tokenizer_source, tokenizer),
             )
+        module = self.trainer and self.trainer.lightning_module
+        self._reads_rejected = getattr(module, "trains_on_pairs", False)
         for split in ("train", "validation") if stage == "fit" else ("validation",):
             self.read(split)
         num_rows = len(self.examples.get("train", ()))
@@ -195,7 +198,9 @@ class PromptDataModule(LightningDataModule):
             rank=trainer.global_rank if trainer else 0,
             world_size=trainer.world_size if trainer else 1,
         )
-        examples = with_wrong_references(self.examples["train"], self._wrong_reference_share)
+        examples = self.examples["train"]
+        if self._wrong_reference_share:
+            examples = with_wrong_references(examples, self._wrong_reference_share)
         return self._loader(examples, batch_sampler=sampler)
 
     def val_dataloader(self) -> DataLoader:
@@ -230,10 +235,9 @@ class PromptDataModule(LightningDataModule):
             ],
             reference_answers=["" if answer is None else answer for answer in answers],
             rejected_answer_ids=[
-                []
-                if example.rejected_answer is None
-                else self.encoder.encode_answer(example.rejected_answer, example.prompt)
+                self.encoder.encode_answer(example.rejected_answer, example.prompt)
                 for example in examples
+                if self._reads_rejected and example.rejected_answer is not None
             ],
             columns=[example.columns for example in examples],
         )

@@ -67,6 +67,8 @@ class AlignmentModule(LightningModule):
 
     #: Whether training reads sampled, scored groups (and not only the data's answers).
     trains_on_groups = True
+    #: Whether training reads rejected answers.
+    trains_on_pairs = False
     #: Whether completions of equal reward in a group teach nothing.
     needs_spread = True
     #: Whether the step heeds the outward mask of `ReferenceAwareClipping`.

@@ -26,6 +26,7 @@ class DPOModule(AlignmentModule):
     """
 
     trains_on_groups = False
+    trains_on_pairs = True
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ from grao_lightning.objectives.grpo import (
     token_weights,
     weight_total,
 )
-from grao_lightning.objectives.ratio import RatioLevel
+from grao_lightning.objectives.ratio import RatioLevel, policy_ratio
 
 
 class GRPOModule(RolloutModule):
@@ -70,14 +70,15 @@ class GRPOModule(RolloutModule):
         settings = GRPOSettings(self.eps_low, self.eps_high, self.ratio, self.kl_weight)
 
         def token_loss(tokens: Tokens, logprobs: Tensor, old: Tensor) -> Tensor:
-            of_tokens = tokens.of_rows(advantages)
-            self.note_clipped(batch, tokens, logprobs, old, of_tokens)
+            of_tokens, row = tokens.of_rows(advantages), tokens.row.to(self.device)
+            ratio = policy_ratio(logprobs.detach(), old, row, settings.ratio)
+            self.note_clipped(batch, ratio, of_tokens)
             frozen = batch.reference_model_logprobs if self.kl_weight else None
             loss = grpo_token_loss(
                 logprobs,
                 old,
                 of_tokens,
-                tokens.row.to(self.device),
+                row,
                 settings,
                 None if frozen is None else tokens.of_tokens(frozen),
             )

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from grao_lightning.batch import PromptBatch, TokenRow
 from grao_lightning.faults import Faults, UserError
 from grao_lightning.head import head_of
-from grao_lightning.logprobs import TokenLogprobs, at_least_float32, split_by_tokens, token_logprobs
+from grao_lightning.logprobs import TokenLogprobs, at_least_float32, frozen_passes
 from grao_lightning.modules.rollout import RolloutModule, Tokens
 from grao_lightning.objectives.ppo import (
     adapted_kl_weight,
@@ -120,8 +120,8 @@ class PPOModule(RolloutModule):
 
         def token_loss(tokens: Tokens, logprobs: Tensor, old: Tensor) -> Tensor:
             advantages = tokens.of_tokens(rollout.advantages).nan_to_num(0.0)
-            self.note_clipped(batch, tokens, logprobs, old, advantages)
             ratio = policy_ratio(logprobs, old, tokens.row.to(self.device))
+            self.note_clipped(batch, ratio, advantages)
             return clipped_loss(ratio, advantages, low, high) / rollout.num_tokens
 
         def value_loss(numbers: list[int], computed: TokenLogprobs) -> Tensor:
@@ -170,19 +170,13 @@ class PPOModule(RolloutModule):
     def _read(self, rows: list[TokenRow]) -> tuple[list[Tensor], list[Tensor]]:
         """Return log-probabilities and values of every row's tokens, without gradients."""
         logprobs, values = [torch.empty(0)] * len(rows), [torch.empty(0)] * len(rows)
-        micro_batches = split_by_tokens(
-            self.policy, rows, [False] * len(rows), self.micro_batch_tokens
+        passes = frozen_passes(
+            self.policy, rows, self.micro_batch_tokens, temperature=self.logprob_temperature
         )
-        with torch.no_grad():
-            for numbers in (micro_batch.numbers for micro_batch in micro_batches):
-                computed = token_logprobs(
-                    self.policy,
-                    [rows[number] for number in numbers],
-                    temperature=self.logprob_temperature,
-                )
-                of_rows = self._values(computed).split(computed.lengths.tolist())
-                for number, own, value in zip(numbers, computed.by_row(), of_rows, strict=True):
-                    logprobs[number], values[number] = own, value
+        for numbers, computed in passes:
+            of_rows = self._values(computed).detach().split(computed.lengths.tolist())
+            for number, own, value in zip(numbers, computed.by_row(), of_rows, strict=True):
+                logprobs[number], values[number] = own, value
         return logprobs, values
 
     def _values(self, computed: TokenLogprobs) -> Tensor:

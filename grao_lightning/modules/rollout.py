@@ -11,7 +11,7 @@ from grao_lightning.faults import Faults
 from grao_lightning.head import Weigh, weigh_by_gradient
 from grao_lightning.logprobs import split_by_tokens
 from grao_lightning.modules.base import AlignmentModule, Beside
-from grao_lightning.objectives.ratio import is_clipped, policy_ratio
+from grao_lightning.objectives.ratio import is_clipped
 
 #: (the rows' tokens, their log-probabilities, those of the sampling policy) -> weighted losses
 TokenLoss = Callable[["Tokens", Tensor, Tensor], Tensor]
@@ -147,11 +147,8 @@ class RolloutModule(AlignmentModule):
         share_of_rank = torch.tensor(self.updates_per_rollout / self.trainer.world_size)
         batch.statistics.share("loss", torch.tensor(total), share_of_rank)
 
-    def note_clipped(
-        self, batch: PromptBatch, tokens: Tokens, logprobs: Tensor, old: Tensor, advantages: Tensor
-    ) -> None:
-        """Note the shares of tokens that the clipped ratio leaves without gradient."""
-        ratio = policy_ratio(logprobs.detach(), old, tokens.row.to(old.device))
+    def note_clipped(self, batch: PromptBatch, ratio: Tensor, advantages: Tensor) -> None:
+        """Note the shares of tokens that the clipped ratio, [K], leaves without gradient."""
         below, above = is_clipped(ratio, advantages, 1 - self.eps_low, 1 + self.eps_high)
         batch.statistics.mean("clip_ratio/low_mean", below.double())
         batch.statistics.mean("clip_ratio/high_mean", above.double())

@@ -208,6 +208,19 @@ def test_wrong_references_change_places_with_rejected_answers_in_training_alone(
     assert data.preference_pairs("train")[1][0] == right[0].reference_answer
 
 
+def test_rejected_answers_are_encoded_for_methods_that_train_on_pairs_alone():
+    for reads, expected in ((True, 8), (False, 0)):
+        data = PromptDataModule()
+        module = SimpleNamespace(trains_on_pairs=reads)
+        data.trainer = SimpleNamespace(
+            lightning_module=module, global_step=0, global_rank=0, world_size=1
+        )
+        data.setup("fit")
+        batch = next(iter(data.train_dataloader()))
+        assert len(batch.rejected_answer_ids) == expected
+        assert len(batch.reference_answer_ids) == 8
+
+
 def test_a_larger_share_of_wrong_references_includes_a_smaller_one():
     rows = [Example(str(n), f"good {n}", f"bad {n}", {}) for n in range(40)]
     few, many = (

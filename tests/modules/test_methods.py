@@ -336,3 +336,21 @@ def test_a_value_that_moved_beyond_its_bound_teaches_the_head_no_more(tmp_path, 
     # The value, up by .5 or more, is beyond the bound and on the way to the return: only the other,
     # unclipped error is larger where it overshot, which 50 is too far away for.
     assert (heads[1] > 1.0) == (bound is None)
+
+
+def test_clipped_shares_are_those_of_the_ratio_that_clips(tmp_path, monkeypatch):
+    """By sequence a token is clipped as its whole completion is: all of its tokens or none."""
+    from grao_lightning.modules.rollout import RolloutModule
+
+    seen = []
+    original = RolloutModule.note_clipped
+
+    def recorded(self, batch, ratio, advantages):
+        seen.append((ratio.detach(), advantages))
+        original(self, batch, ratio, advantages)
+
+    monkeypatch.setattr(RolloutModule, "note_clipped", recorded)
+    run(tmp_path, made("grpo by sequence", learning_rate=5e-3), max_steps=1)
+    ratios = torch.cat([ratio for ratio, _ in seen[len(seen) // 2 :]])  # the second update's
+    assert (ratios != 1).any()
+    assert len(ratios.unique()) <= 32, "one a completion"
