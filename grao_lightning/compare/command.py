@@ -1,15 +1,20 @@
 """``grao compare``: a plan -> runs -> a report."""
 
 import argparse
+import importlib.util
+import json
 import math
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grao_lightning.compare.plan import Plan, Run, Settings, read_plan
 from grao_lightning.faults import UserError
+
+if TYPE_CHECKING:  # numpy, which `--help` need not wait for
+    from grao_lightning.compare.report import Comparison
+    from grao_lightning.compare.results import FinishedRun
 
 
 def compare_command(arguments: Sequence[str]) -> int:
@@ -30,6 +35,7 @@ def compare_command(arguments: Sequence[str]) -> int:
         "--report_only", action="store_true", help="report on what has finished, run nothing"
     )
     options = parser.parse_args(arguments)
+    _check_extra()
     plan = read_plan(options.config, options.output, options.jobs)
     failed = {} if options.report_only else carry_out_plan(plan)
     from grao_lightning.compare.report import write_report
@@ -43,6 +49,16 @@ def compare_command(arguments: Sequence[str]) -> int:
     return 1 if failed else 0
 
 
+def _check_extra() -> None:
+    """Tell what is missing before anything runs, not after hours at the report."""
+    missing = [name for name in ("matplotlib", "scipy") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"grao compare needs {' and '.join(missing)} for its report: pip install "
+            "'grao-lightning[compare]'"
+        )
+
+
 def carry_out_plan(plan: Plan) -> dict[str, str]:
     """Carry out every run of a plan, the sweep first; return errors by run."""
     from grao_lightning.compare.runs import carry_out
@@ -50,7 +66,7 @@ def carry_out_plan(plan: Plan) -> dict[str, str]:
     plan.output.mkdir(parents=True, exist_ok=True)
     trials = [run for group in plan.trials().values() for seeds in group for run in seeds]
     failed = carry_out(trials, plan.output, plan.jobs, _Line("sweep")) if trials else {}
-    chosen = {key: best[0][0] for key, best in swept(plan).items() if best}
+    chosen = _best(swept(plan))
     rest = [run for runs in plan.table(chosen).values() for run in runs]
     for name in plan.studies:
         rest += [run for runs in plan.study(name, chosen).values() for run in runs]
@@ -73,7 +89,14 @@ def swept(plan: Plan) -> dict[tuple[str, str], list[tuple[Settings, float]]]:
     return found
 
 
-def gather(plan: Plan, failed: dict[str, str]) -> Any:
+def _best(
+    trials: dict[tuple[str, str], list[tuple[Settings, float]]],
+) -> dict[tuple[str, str], Settings]:
+    """Return the best trial's settings of each (method, case) that has a finished one."""
+    return {key: ranked[0][0] for key, ranked in trials.items() if ranked}
+
+
+def gather(plan: Plan, failed: dict[str, str]) -> "Comparison":
     """Return the `Comparison` of all that has finished.
 
     Raises:
@@ -83,7 +106,7 @@ def gather(plan: Plan, failed: dict[str, str]) -> Any:
     from grao_lightning.compare.results import compare_methods, figures_of
 
     trials = swept(plan)
-    chosen = {key: best[0][0] for key, best in trials.items() if best}
+    chosen = _best(trials)
     by_case: dict[str, dict[str, Any]] = {case: {} for case in plan.cases}
     settings: dict[tuple[str, str], Settings] = {}
     for (method, case), runs in plan.table(chosen).items():
@@ -124,7 +147,7 @@ def gather(plan: Plan, failed: dict[str, str]) -> Any:
     )
 
 
-def _finished(plan: Plan, runs: Sequence[Run]) -> list[Any]:
+def _finished(plan: Plan, runs: Sequence[Run]) -> "list[FinishedRun]":
     from grao_lightning.compare.results import FinishedRun
     from grao_lightning.compare.runs import folder_of, is_finished
 
@@ -134,9 +157,7 @@ def _finished(plan: Plan, runs: Sequence[Run]) -> list[Any]:
 
 
 def _minutes(plan: Plan) -> float:
-    import json
-
-    files = Path(plan.output / "runs").glob("*/finished.json")
+    files = (plan.output / "runs").glob("*/finished.json")
     return sum(json.loads(file.read_text())["seconds"] for file in files) / 60
 
 

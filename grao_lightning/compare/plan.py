@@ -16,6 +16,8 @@ from grao_lightning.faults import Faults, UserError
 
 Settings = dict[str, Any]  # dotted name -> value, as on the command line of ``grao fit``
 
+#: What a sweep may choose by; the higher the better.
+METRICS = ("ras", "nag", "reward")
 _KNOWN = (
     *("output", "jobs", "seeds", "against", "cases", "methods", "sweep", "studies"),
     "keep_checkpoints",
@@ -36,7 +38,7 @@ class Sweep:
 
     Attributes:
         seeds: Of the trials.
-        metric: Figure of validation that decides; the higher the better.
+        metric: One of `METRICS`.
         trials: By method, the settings to choose from; as many for every method.
         case: The one that decides for all; None: each case for itself.
     """
@@ -191,15 +193,18 @@ def read_plan(path: str, output: str | None = None, jobs: int | None = None) -> 
     if not isinstance(content, dict):
         raise UserError(f"--config: {path} must hold settings; got {type(content).__name__}")
     faults = Faults()
-    _known("", content, _KNOWN, faults)
+    _part("", content, _KNOWN, faults)
     content |= {
         name: value for name, value in (("output", output), ("jobs", jobs)) if value is not None
     }
     for name in ("output", "seeds", "cases", "methods"):
         if not content.get(name):
             faults.add(f"{name} must be set; got nothing")
+    for name in ("cases", "methods", "studies"):
+        _part(f"{name}.", content.get(name) or {}, None, faults)
     faults.raise_if_any(f"in {path}")
     plan = _plan(content, faults)
+    faults.raise_if_any(f"in {path}")
     _check(plan, faults)
     faults.raise_if_any(f"in {path}")
     return plan
@@ -208,31 +213,35 @@ def read_plan(path: str, output: str | None = None, jobs: int | None = None) -> 
 def _plan(content: dict[str, Any], faults: Faults) -> Plan:
     methods = {}
     for name, method in content["methods"].items():
-        _known(f"methods.{name}.", method, ("config", "settings"), faults)
-        methods[name] = Method(Path(method.get("config", "")), method.get("settings") or {})
-    sweep = content.get("sweep")
-    if sweep is not None:
-        _known("sweep.", sweep, ("seeds", "metric", "trials", "case"), faults)
+        part = _part(f"methods.{name}.", method, ("config", "settings"), faults)
+        methods[name] = Method(Path(part.get("config", "")), part.get("settings") or {})
+    sweep = None
+    if content.get("sweep") is not None:
+        part = _part("sweep.", content["sweep"], ("seeds", "metric", "trials", "case"), faults)
         sweep = Sweep(
-            sweep.get("seeds") or [],
-            sweep.get("metric", "ras"),
-            sweep.get("trials") or {},
-            sweep.get("case"),
+            part.get("seeds") or [],
+            part.get("metric", "ras"),
+            _part("sweep.trials.", part.get("trials") or {}, None, faults),
+            part.get("case"),
         )
     studies = {}
     for name, study in (content.get("studies") or {}).items():
-        _known(f"studies.{name}.", study, ("case", "entries"), faults)
+        part = _part(f"studies.{name}.", study, ("case", "entries"), faults)
+        rows = _part(f"studies.{name}.entries.", part.get("entries") or {}, None, faults)
         entries = {}
-        for label, entry in (study.get("entries") or {}).items():
-            _known(f"studies.{name}.{label}.", entry, ("method", "settings"), faults)
-            entries[label] = Entry(entry.get("method", ""), entry.get("settings") or {})
-        studies[name] = Study(study.get("case", ""), entries)
+        for label, entry in rows.items():
+            known = _part(f"studies.{name}.{label}.", entry, ("method", "settings"), faults)
+            entries[label] = Entry(known.get("method", ""), known.get("settings") or {})
+        studies[name] = Study(part.get("case", ""), entries)
     return Plan(
         output=Path(content["output"]),
         jobs=content.get("jobs", 1),
         seeds=content["seeds"],
         against=content.get("against", next(iter(methods))),
-        cases={name: settings or {} for name, settings in content["cases"].items()},
+        cases={
+            name: _part(f"cases.{name}.", settings or {}, None, faults)
+            for name, settings in content["cases"].items()
+        },
         methods=methods,
         sweep=sweep,
         studies=studies,
@@ -242,6 +251,12 @@ def _plan(content: dict[str, Any], faults: Faults) -> Plan:
 
 def _check(plan: Plan, faults: Faults) -> None:
     faults.at_least("jobs", plan.jobs, 1)
+    for setting, seeds in (("seeds", plan.seeds), ("sweep.seeds", plan.sweep and plan.sweep.seeds)):
+        if seeds is not None and not (
+            isinstance(seeds, list) and all(isinstance(seed, int) for seed in seeds)
+        ):
+            faults.add(f"{setting} must be a list of whole numbers, such as [0, 1, 2]; got {seeds}")
+            return
     if plan.against not in plan.methods:
         faults.add(_unknown("against", plan.against, plan.methods))
     for name, method in plan.methods.items():
@@ -261,6 +276,7 @@ def _check(plan: Plan, faults: Faults) -> None:
 
 
 def _check_sweep(plan: Plan, sweep: Sweep, faults: Faults) -> None:
+    faults.one_of("sweep.metric", sweep.metric, METRICS)
     shared = sorted(set(sweep.seeds) & set(plan.seeds))
     if shared or not sweep.seeds:
         faults.add(
@@ -281,13 +297,15 @@ def _check_sweep(plan: Plan, sweep: Sweep, faults: Faults) -> None:
         )
 
 
-def _known(where: str, content: Any, known: Iterable[str], faults: Faults) -> None:
+def _part(where: str, content: Any, known: Iterable[str] | None, faults: Faults) -> dict[str, Any]:
+    """Return a part of the file, empty where it is none; with ``known``, note other names."""
     if not isinstance(content, dict):
         faults.add(f"{where.rstrip('.')} must hold settings; got {content!r}")
-        return
+        return {}
     for name in content:
-        if name not in known:
+        if known is not None and name not in known:
             faults.add(_unknown(f"{where}{name}", name, known))
+    return content
 
 
 def _unknown(setting: str, name: str, known: Iterable[str]) -> str:

@@ -40,6 +40,11 @@ class FinishedRun:
         with (self.folder / "answers.jsonl").open() as lines:
             return sorted(map(json.loads, lines), key=lambda row: row["index"])
 
+    @property
+    def base_ras(self) -> float:
+        """Return RAS of the untrained base, NaN where there is none."""
+        return float(self.summary.get("base_ras", {}).get("value", np.nan))
+
     def column(self, name: str) -> np.ndarray:
         """Return a column of the answers, [P] float; NaN where missing."""
         return np.array([row.get(name) for row in self.answers], dtype=float)
@@ -125,7 +130,9 @@ def figures_of(runs: Sequence[FinishedRun], settings: dict[str, Any]) -> Figures
         raise ValueError(f"runs of different validation prompts: {[run.folder for run in runs]}")
 
     def mean(name: str) -> float:
-        return float(np.nanmean([run.column(name) for run in runs]))
+        values = np.stack([run.column(name) for run in runs])
+        present = values[~np.isnan(values)]
+        return float(present.mean()) if len(present) else np.nan
 
     wins = np.stack([run.wins for run in runs])
     gains = np.stack([run.column("gain_outcome") for run in runs])
@@ -136,7 +143,7 @@ def figures_of(runs: Sequence[FinishedRun], settings: dict[str, Any]) -> Figures
         ras=crossed_mean(wins, (0.0, 1.0)),
         nag=crossed_mean(gains),
         ras_by_seed=[float(np.nanmean(row)) for row in wins],
-        base_ras=float(np.mean([run.summary["base_ras"]["value"] for run in runs])),
+        base_ras=float(np.mean([run.base_ras for run in runs])),
         reward=mean("reward"),
         length=mean("length"),
         base_length=mean("base_length"),
@@ -155,12 +162,15 @@ def compare_methods(
 ) -> None:
     """Fill in the differences, and the steps to 90 % of the best, of the methods of one case."""
     if against in runs:
-        own = np.stack([run.wins for run in runs[against]])
+        own = {run.summary["seed"]: run.wins for run in runs[against]}
         for name in runs:
-            if name != against:
-                others = np.stack([run.wins for run in runs[name]])
-                if others.shape == own.shape:
-                    figures[name].difference = crossed_mean(others - own)
+            pairs = [
+                run.wins - own[run.summary["seed"]]
+                for run in runs[name]
+                if run.summary["seed"] in own
+            ]
+            if name != against and pairs:
+                figures[name].difference = crossed_mean(np.stack(pairs))
         p_values = {
             name: figure.difference.p for name, figure in figures.items() if figure.difference
         }
@@ -176,17 +186,21 @@ def compare_methods(
 
 def _curve(runs: Sequence[FinishedRun]) -> dict[str, list[float]]:
     """Return the mean RAS of the seeds at each validation, and the least and the largest one."""
-    base = [run.summary["base_ras"]["value"] for run in runs]
+    base = [run.base_ras for run in runs]
     by_run = [run.curves["val/ras"] for run in runs]
     steps = sorted(set.intersection(*(set(points) for points in by_run)))
-    values = np.array([base, *([points[step] for points in by_run] for step in steps)])
+    values = np.array([[points[step] for points in by_run] for step in steps])
     tokens = [
         float(np.mean([run.curves["train/num_tokens"].get(step, 0.0) for run in runs]))
         for step in steps
     ]
+    positions = list(map(float, steps))
+    if not np.isnan(base).any():  # before the first step the policy is the base
+        values = np.vstack([base, values])
+        positions, tokens = [0.0, *positions], [0.0, *tokens]
     return {
-        "steps": [0.0, *map(float, steps)],
-        "tokens": [0.0, *tokens],
+        "steps": positions,
+        "tokens": tokens,
         "ras": values.mean(axis=1).tolist(),
         "lowest": values.min(axis=1).tolist(),
         "highest": values.max(axis=1).tolist(),

@@ -93,6 +93,10 @@ def test_settings_go_to_the_command_line_as_they_are_read_there(write):
         ({"methods": {"A": {"config": "b.yaml"}}}, ["methods.A.config: no such file: b.yaml"]),
         ({"methods": {"A": {"konfig": "a.yaml"}}}, ["did you mean config?"]),
         ({"jobs": 0}, ["jobs must be >= 1"]),
+        ({"methods": {"A": None}}, ["methods.A must hold settings; got None"]),
+        ({"cases": {"one": 5}}, ["cases.one must hold settings; got 5"]),
+        ({"seeds": 3}, ["seeds must be a list of whole numbers, such as [0, 1, 2]; got 3"]),
+        ({"sweep": {**SWEEP, "metric": "rsa"}}, ["sweep.metric must be one of ras, nag, reward"]),
         ({"sweep": {**SWEEP, "seeds": [1, 9]}}, ["sweep.seeds must be others than the table's"]),
         ({"sweep": {**SWEEP, "case": "on"}}, ["sweep.case must be", "did you mean one?"]),
         (
