@@ -15,6 +15,17 @@ from grao_lightning.rewards.judge.questions import Questions
 from grao_lightning.rewards.judge.tally import Tally
 
 _OURS = {"messages", "model", "n", "stream"}
+_MEANS = (
+    "failure_rate",
+    "tie_rate",
+    "inconsistency",
+    "position_bias",
+    "position_lean",
+    "unreadable_rate",
+    "cache_hit_rate",
+    "latency",
+)
+_TOTALS = ("prompt_tokens", "completion_tokens")
 
 
 class PairwiseJudge:
@@ -139,7 +150,7 @@ class PairwiseJudge:
         path = default_path() if cache == "auto" else Path(cache) if cache is not None else None
         self._cache_path = path
         self._told: set[str] = set()
-        self._tally = Tally()
+        self._tally = Tally(_MEANS, _TOTALS)
 
     async def __call__(
         self,
@@ -179,8 +190,8 @@ class PairwiseJudge:
                 self._tally.note("tie_rate", score == 0)
         return [None if score is None else float(score) for score in scores]
 
-    def statistics(self) -> dict[str, tuple[float, float]]:
-        """Return name -> (sum, count) since the last call; totals have count 0.
+    def statistics(self) -> dict[str, tuple[float, float | None]]:
+        """Return name -> (sum, count) since the last call, always the same names; totals have None.
 
         - failure_rate: missing pairs among all.
         - tie_rate: ties among the judged pairs, disagreeing orders included.
@@ -192,8 +203,6 @@ class PairwiseJudge:
         - cache_hit_rate: different questions answered from the cache.
         - latency: seconds of a request that was answered, pauses and failed attempts not counted.
         - prompt_tokens, completion_tokens: totals of what was asked, the cache's not counted.
-
-        A mean of nothing is left out.
         """
         return self._tally.take()
 

@@ -60,8 +60,8 @@ class Questions:
             verdict = read_verdict(answer.text) if answer.is_whole else None
             self._tally.note("unreadable_rate", verdict is None)
             self._tally.note("latency", answer.seconds)
-            self._tally.total("prompt_tokens", answer.prompt_tokens)
-            self._tally.total("completion_tokens", answer.completion_tokens)
+            self._tally.note("prompt_tokens", answer.prompt_tokens)
+            self._tally.note("completion_tokens", answer.completion_tokens)
             if verdict is not None:
                 self._cache.put(key, answer.text, answer.prompt_tokens, answer.completion_tokens)
                 return verdict

@@ -1,28 +1,31 @@
 """Sums for the logs, gathered until they are read."""
 
+from collections.abc import Sequence
+
 
 class Tally:
-    """Adds up figures by name."""
+    """Adds up figures by name.
 
-    def __init__(self) -> None:
-        self._sums: dict[str, tuple[float, float]] = {}
+    Args:
+        means: Names of figures whose mean matters.
+        totals: Names of figures whose sum matters.
+    """
+
+    def __init__(self, means: Sequence[str], totals: Sequence[str]) -> None:
+        self._sums = dict.fromkeys([*means, *totals], 0.0)
+        self._counts = dict.fromkeys(means, 0)
 
     def note(self, name: str, value: float) -> None:
-        """Add one observation to a mean."""
-        self._add(name, value, 1)
+        """Add an observation to a mean, or an amount to a total."""
+        self._sums[name] += value
+        if name in self._counts:
+            self._counts[name] += 1
 
-    def total(self, name: str, value: float) -> None:
-        """Add to a total."""
-        self._add(name, value, 0)
-
-    def take(self) -> dict[str, tuple[float, float]]:
-        """Return name -> (sum, count), a total with count 0, and begin anew.
-
-        A mean without observations has no entry.
-        """
-        sums, self._sums = self._sums, {}
-        return sums
-
-    def _add(self, name: str, value: float, count: int) -> None:
-        before, number = self._sums.get(name, (0.0, 0))
-        self._sums[name] = (before + value, number + count)
+    def take(self) -> dict[str, tuple[float, float | None]]:
+        """Return every name's (sum, count), None for the count of a total, and begin anew."""
+        taken: dict[str, tuple[float, float | None]] = {
+            name: (value, self._counts.get(name)) for name, value in self._sums.items()
+        }
+        self._sums = dict.fromkeys(self._sums, 0.0)
+        self._counts = dict.fromkeys(self._counts, 0)
+        return taken

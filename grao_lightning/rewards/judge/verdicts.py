@@ -19,9 +19,8 @@ _LEAD = re.compile(
 # What our template says of each.
 _MEANINGS = {1: "text 1 is better", 0: "neither is better", -1: "text 2 is better"}
 _EXPLANATION = re.compile(r"\s*[,.;:\u2013\u2014-]\s+\S")
-_THOUGHT = re.compile(r"<think(?:ing)?>.*?</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
-_THOUGHT_OPENS = re.compile(r"<think(?:ing)?>", re.IGNORECASE)
-_THOUGHT_CLOSES = re.compile(r".*</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
+_THOUGHT_BEGINS = re.compile(r"<think(?:ing)?>", re.IGNORECASE)
+_THOUGHT_ENDS = re.compile(r"</think(?:ing)?>", re.IGNORECASE)
 _TAGS = re.compile(r"</?[a-z][\w-]*>|<\|[^<>|]*\|>", re.IGNORECASE)
 _QUOTES = "\u2018\u2019\u201c\u201d\u201e\u00ab\u00bb"
 _DECORATION = re.compile(rf"""[*_`~"'{_QUOTES}$()\[\]{{}}\\]|\bboxed\b""")
@@ -32,16 +31,16 @@ def read_verdict(answer: str) -> int | None:
 
     The verdict must stand alone on the last line, or on the first one with words after it that
     weigh nothing else. "Alone" allows quotes, Markdown, tags, full-width and HTML-escaped signs, a
-    lead such as "Final answer:" and a full stop. Thoughts in <think> are not looked at; one that
-    never ends leaves no answer. Two lines with different verdicts are unreadable, and so is a
+    lead such as "Final answer:" and a full stop. What comes before the end of a <think> is not
+    looked at; a thought that never ends leaves no answer. Two lines with different verdicts are unreadable, and so is a
     verdict amid a sentence ("I cannot say that 1 > 2").
 
     >>> [read_verdict(text) for text in ("1 > 2", "Answer: **2 > 1**.", "1 > 2 or 1 < 2")]
     [1, -1, None]
     """
     text = unicodedata.normalize("NFKC", html.unescape(answer))
-    text = _THOUGHT_CLOSES.sub("", _THOUGHT.sub("\n", text))
-    if _THOUGHT_OPENS.search(text):
+    text = _THOUGHT_ENDS.split(text)[-1]
+    if _THOUGHT_BEGINS.search(text):
         return None
     text = _DECORATION.sub(" ", _TAGS.sub(" ", text))
     lines = [line for line in text.splitlines() if line.strip()]
