@@ -32,8 +32,8 @@ def read_verdict(answer: str) -> int | None:
     The verdict must stand alone on the last line, or on the first one with words after it that
     weigh nothing else. "Alone" allows quotes, Markdown, tags, full-width and HTML-escaped signs, a
     lead such as "Final answer:" and a full stop. What comes before the end of a <think> is not
-    looked at; a thought that never ends leaves no answer. Two lines with different verdicts are unreadable, and so is a
-    verdict amid a sentence ("I cannot say that 1 > 2").
+    looked at; a thought that never ends leaves no answer. Two lines with different verdicts are
+    unreadable, and so is a verdict amid a sentence ("I cannot say that 1 > 2").
 
     >>> [read_verdict(text) for text in ("1 > 2", "Answer: **2 > 1**.", "1 > 2 or 1 < 2")]
     [1, -1, None]
