@@ -41,6 +41,7 @@ def test_what_a_pattern_extracts_is_compared_instead_of_the_texts():
     assert match("answer: 4, no, answer: 5", "answer: 4", extract=extract) == 0
     assert match("4", "answer: 4", extract=extract) == 0
     assert match("x 12 y", "12", extract=r"\d+") == 1, "without a group, all that matches"
+    assert match("a: 4", "b: 4", extract=r"\w: (\d)") == 1, "with a group, what it covers"
 
 
 def test_a_reference_answer_with_nothing_to_compare_is_missing_not_0():
