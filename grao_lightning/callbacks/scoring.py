@@ -114,10 +114,11 @@ class GroupScoring(Callback):
         labels = [spec.label for spec in self._specs]
         for label in sorted({label for label in labels if labels.count(label) > 1}):
             faults.add(f"scoring.rewards: {label!r} names two reward functions; give each a name")
-        try:
-            self._load()
-        except UserError as error:
-            faults.add(str(error))
+        for spec in self._specs:
+            try:
+                self._function(spec)
+            except UserError as error:
+                faults.add(str(error))
         return faults
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
@@ -234,9 +235,13 @@ class GroupScoring(Callback):
 
     def _load(self) -> dict[str, RewardFunction]:
         """Return every function by its label."""
-        if not self._functions:
-            self._functions = {spec.label: spec.load() for spec in self._specs}
-        return self._functions
+        return {spec.label: self._function(spec) for spec in self._specs}
+
+    def _function(self, spec: RewardSpec) -> RewardFunction:
+        """Return what a spec names, made once."""
+        if spec.label not in self._functions:
+            self._functions[spec.label] = spec.load()
+        return self._functions[spec.label]
 
     def _fit(self, label: str, function: Any, trainer: Trainer) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
@@ -281,7 +286,7 @@ class GroupScoring(Callback):
     ) -> Tensor:
         """Return the scores of every function for every member, [F, B, G+1] float64."""
         arguments = _arguments(batch, completions)
-        functions = [self._load()[spec.label] for spec in specs]
+        functions = [self._function(spec) for spec in specs]
         called = call_rewards(functions, arguments, num_reference_answers=len(batch))
         scores = torch.tensor(called, dtype=torch.double)
         of_completions, of_answers = scores.split([len(completions.ids), len(batch)], dim=1)
@@ -300,7 +305,7 @@ class GroupScoring(Callback):
         return torch.cat([outcomes.double(), own], dim=1)
 
     def _note_statistics(self, statistics: StepStatistics, specs: list[RewardSpec]) -> None:
-        functions = {spec.label: self._load()[spec.label] for spec in specs}
+        functions = {spec.label: self._function(spec) for spec in specs}
         for name, (total, count) in scorer_statistics(functions).items():
             statistics.add(name, total, count)
 

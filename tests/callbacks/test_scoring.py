@@ -296,6 +296,12 @@ def test_judges_score_validation_and_rewards_training(tmp_path):
     assert judged["base_reward"].value > 2
 
 
+def test_every_function_that_cannot_be_made_is_told():
+    specs = [RewardSpec(f"no_such_package.{name}") for name in ("first", "second")]
+    told = "\n".join(GroupScoring(specs[:1], judges=specs[1:]).faults())
+    assert "no_such_package.first" in told and "no_such_package.second" in told
+
+
 def test_only_a_step_without_any_signal_is_warned_of(recwarn):
     scored(TEXTS, ANSWERS)  # one group of two is dead
     assert not recwarn.list
