@@ -33,7 +33,7 @@ load_model("policy", sys.argv[1]).save_pretrained(sys.argv[2])
 load_tokenizer("policy", sys.argv[1]).save_pretrained(sys.argv[2])
 """
 NUM_PROMPTS, GROUP_SIZE = 1, 2
-SECONDS_TO_START = 120
+SECONDS_TO_START = 300  # 20 on an idle core
 
 
 @pytest.fixture(scope="module")
