@@ -117,7 +117,7 @@ class AnswerCache:
     def _open(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if self._connection is None:
-            with _locked(path):  # two that make one file at once would find it locked
+            with _locked(path):  # no timeout covers beginning the log while another writes
                 self._connection = _connect(path)
 
     def _close(self) -> None:

@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 OPENAI = "https://api.openai.com/v1"
 _NO_KEY = "none"  # the client insists on one; servers without keys do not look at it
 _MAX_CONNECT_SECONDS = 10.0
+_MAX_QUOTED = 200
 _HOPELESS = (401, 402, 404)  # whatever is asked next would fail alike
 _REFUSED = (
     "the request is refused: check max_tokens and temperature (null leaves one out), extra_body, "
@@ -137,20 +138,24 @@ class Session:
         """Return the endpoint's address."""
         return self._endpoint.base_url
 
-    def tell_once(self, kind: str, message: str) -> None:
+    def tell_once(self, kind: str, message: str, said: str = "") -> None:
         """Warn of a kind of failure, the first time it comes.
 
         Args:
             kind: Of failure.
-            message: Goes on from "the judge at ...". What a server says may repeat the key.
+            message: Goes on from "the judge at ...".
+            said: The server's own words, which may repeat the key they came for.
         """
         if kind in self._told:
             return
         self._told.add(kind)
         if self._client.api_key != _NO_KEY:
-            message = message.replace(self._client.api_key, "<key>")
+            said = said.replace(self._client.api_key, "<key>")  # before a cut leaves half of it
+        if len(said) > _MAX_QUOTED:
+            said = f"{said[:_MAX_QUOTED]}..."
         # Never an exception: those of the client hold the request with all its headers.
-        log.warning("the judge at %s %s (told once)", self.base_url, message)
+        quoted = f"; it says {said!r}" if said else ""
+        log.warning("the judge at %s %s%s (told once)", self.base_url, message, quoted)
 
     async def ask(self, request: dict[str, Any]) -> Answer | None:
         """Return the answer to a chat request; None where there is none after all retries."""
@@ -192,9 +197,10 @@ class Session:
         if status is None:
             self.tell_once("no answer", f"gives none ({detail}): {_NO_ANSWER}")
         else:
-            said = f" ({detail[:300]})" if detail else ""
             advice = _ADVICE.get(status, "the endpoint is in trouble")
-            self.tell_once(f"status {status}", f"answers with status {status}: {advice}{said}")
+            # What is said of a wrong key often shows parts of it.
+            said = "" if status == 401 else detail
+            self.tell_once(f"status {status}", f"answers with status {status}: {advice}", said)
 
 
 def read_answer(body: bytes, seconds: float) -> Answer:

@@ -65,10 +65,11 @@ class Questions:
             if verdict is not None:
                 self._cache.put(key, answer.text, answer.prompt_tokens, answer.completion_tokens)
                 return verdict
-            end = "" if answer.is_whole else ", cut off at max_tokens"
+            end = "" if answer.is_whole else " (it was cut off at max_tokens)"
             self._session.tell_once(
                 "unreadable",
-                f"gave an answer without readable verdict: {answer.text[:80]!r}{end}; if it goes "
-                "on so, raise max_tokens, change the template or take a better model",
+                f"gave an answer without readable verdict{end}: if that goes on, raise max_tokens, "
+                "change the template or take a better model",
+                answer.text,
             )
         return None

@@ -6,11 +6,13 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from grao_lightning.rewards.judge import cache as cache_module
 from grao_lightning.rewards.judge.cache import AnswerCache, content_key, default_path
 from tests.rewards.judge.quality import honest, judge_of, judged, pairs
 from tests.rewards.judge.scripted_server import Question, Reply, serving
@@ -35,6 +37,7 @@ def start(code: str, *arguments: object) -> subprocess.Popen:
     """Run code in a process of its own."""
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -76,11 +79,13 @@ def test_the_key_changes_with_every_part_of_the_content_and_not_with_its_order()
 WRITER = """
 import sys
 from pathlib import Path
+from grao_lightning.rewards.judge import cache as cache_module
 from grao_lightning.rewards.judge.cache import AnswerCache
 
 path, name, number = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 cache = AnswerCache(path, set())
 print("ready", flush=True)
+sys.stdin.readline()
 with cache.opened():
     for i in range(number):
         cache.put(f"{name} {i}".encode(), f"answer {name} {i}", 1, 2)
@@ -88,20 +93,44 @@ with cache.opened():
 """
 
 
-def test_several_processes_write_at_once_and_nothing_is_lost(tmp_path):
-    path = tmp_path / "judge.sqlite"
-    writers = [start(WRITER, path, name, 200) for name in "abcd"]
+def write_together(path: Path, names: str, number: int) -> None:
+    """Let a process a name write, all beginning when all are ready."""
+    writers = [start(WRITER, path, name, number) for name in names]
+    for writer in writers:
+        assert writer.stdout.readline() == "ready\n"
+    for writer in writers:
+        writer.stdin.write("\n")
+        writer.stdin.flush()
     for writer in writers:
         writer.communicate(timeout=60)
         assert writer.returncode == 0
+
+
+def test_several_processes_write_at_once_and_nothing_is_lost(tmp_path):
+    path = tmp_path / "judge.sqlite"
+    write_together(path, "abcd", 200)
     names = [f"{name} {i}" for name in "abcd" for i in range(200)]
     assert get(path, *names) == [f"answer {name}" for name in names]
+
+
+def test_a_file_is_made_by_one_process_at_a_time(tmp_path):
+    # SQLite refuses to begin its log, whatever the timeout, while another connection writes.
+    path = tmp_path / "judge.sqlite"
+    maker = threading.Thread(target=put, args=(path, "one"))
+    with cache_module._locked(path):
+        maker.start()
+        maker.join(0.3)
+        assert not path.exists()
+    maker.join()
+    assert get(path, "one") == ["answer of one"]
 
 
 def test_a_killed_writer_loses_no_answer_it_had_stored(tmp_path):
     path = tmp_path / "judge.sqlite"
     for attempt in range(3):
         writer = start(WRITER, path, attempt, 10**9)
+        writer.stdin.write("\n")
+        writer.stdin.flush()
         stored = [line for _, line in zip(range(60), writer.stdout, strict=False)][1:]
         writer.send_signal(signal.SIGKILL)
         stored += writer.communicate()[0].splitlines()
@@ -188,16 +217,42 @@ def test_a_file_damaged_in_the_middle_does_not_stop_the_judge(tmp_path, caplog):
     assert "no sound database" in caplog.text
 
 
-def test_processes_that_meet_a_corrupt_file_together_set_one_aside(tmp_path):
+def test_processes_that_meet_a_corrupt_file_together_lose_no_answer(tmp_path):
     path = tmp_path / "judge.sqlite"
     path.write_bytes(b"no database" * 1000)
-    writers = [start(WRITER, path, name, 20) for name in "abc"]
-    for writer in writers:
-        writer.communicate(timeout=60)
-        assert writer.returncode == 0
+    write_together(path, "abc", 20)
     assert len([file for file in tmp_path.iterdir() if ".corrupt-" in file.name]) == 1
     names = [f"{name} {i}" for name in "abc" for i in range(20)]
     assert get(path, *names) == [f"answer {name}" for name in names]
+
+
+def test_a_file_that_another_process_has_just_begun_anew_is_not_set_aside(tmp_path, monkeypatch):
+    path = tmp_path / "judge.sqlite"
+    path.write_bytes(b"no database" * 1000)
+    locked, calls = cache_module._locked, []
+
+    def other_first(of: Path):
+        calls.append(of)
+        if len(calls) == 2:  # between seeing that the file is corrupt and setting it aside
+            put(path, "other")
+        return locked(of)
+
+    monkeypatch.setattr(cache_module, "_locked", other_first)
+    put(path, "own")
+    assert len([file for file in tmp_path.iterdir() if ".corrupt-" in file.name]) == 1
+    assert get(path, "other", "own") == ["answer of other", "answer of own"]
+
+
+def test_a_locked_file_is_not_taken_for_a_corrupt_one(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(cache_module, "_SECONDS_FOR_A_LOCK", 0.1)
+    monkeypatch.setattr(cache_module, "_is_sound", lambda path: pytest.fail("examined"))
+    path = tmp_path / "judge.sqlite"
+    put(path, "one")
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("begin exclusive")
+        put(path, "two")
+    assert "is locked" in caplog.text and "free or unlock it" in caplog.text
+    assert get(path, "one", "two") == ["answer of one", None]
 
 
 def test_a_place_that_cannot_be_written_costs_the_cache_and_not_the_run(tmp_path, caplog):

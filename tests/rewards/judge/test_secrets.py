@@ -68,6 +68,16 @@ def test_the_key_is_sent_and_shows_in_no_log_attribute_or_copy(caplog, capfd, tm
         assert KEY not in text
 
 
+@pytest.mark.parametrize("reply", [Reply, lambda text: Reply(text, status=400)])
+def test_words_are_cut_after_the_key_is_taken_out(reply, caplog):
+    # Cut first, half of the key would stay.
+    for before in (180, 190, 199):
+        with serving(lambda question, n=before: reply("x" * n + KEY)) as server:
+            judged(judge_of(server, api_key_variable="JUDGE_KEY", max_rereads=0), pairs(1))
+    assert caplog.text.count("it says") == 3
+    assert "sk-" not in caplog.text
+
+
 def test_no_exception_shows_the_key(monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", f"{KEY}\nmore")  # no header can carry it
     with pytest.raises(ValueError, match="what the environment variable JUDGE_KEY holds") as error:

@@ -1,10 +1,13 @@
 """The judge as reward of whole runs: what it says, what it tells of itself, and its outages."""
 
 import pytest
+import yaml
 from lightning.pytorch import Callback
 
+from grao_lightning.__main__ import main
 from grao_lightning.faults import UserError
 from grao_lightning.modules.grao import GRAOModule
+from grao_lightning.rewards.judge.prompts import CRITERIA
 from grao_lightning.rewards.protocol import RewardSpec
 from tests.rewards.judge.scripted_server import Question, Reply, ScriptedServer, serving
 from tests.runs import fit, stages
@@ -85,3 +88,17 @@ def test_a_step_is_rewarded_by_what_the_server_said_and_an_outage_is_waited_out(
 def test_an_outage_without_end_stops_the_run_with_what_to_do(tmp_path):
     watch = watched(tmp_path, outages={1, 2}, max_missing=0.5, missing_window=2)
     assert "scoring.max_missing must not be exceeded" in watch.error
+
+
+def test_the_shipped_config_names_settings_and_arguments_that_there_are(
+    monkeypatch, capsys, repository
+):
+    path = repository / "configs/judge_hh.yaml"
+    monkeypatch.setattr("sys.argv", ["grao", "fit", "--config", str(path), "--print_config"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code in (0, None)
+    (spec,) = yaml.safe_load(capsys.readouterr().out)["scoring"]["rewards"]
+    judge = RewardSpec(**spec).load()
+    assert judge.criterion == CRITERIA["harmlessness"]
+    assert judge.both_orders
