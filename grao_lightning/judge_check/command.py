@@ -79,6 +79,8 @@ def judge_all(plan: "Plan") -> "list[Judged]":
         judged.append(
             judge(spec, function, plan.train, plan.pairs, settings.pairs_at_once, progress)
         )
+        if line is not None and judged[-1].asked < len(plan.pairs):
+            print(file=sys.stderr)  # the line has not been ended
         if judged[-1].interrupted:
             break
     return judged

@@ -314,6 +314,15 @@ def test_one_scorer_alone_is_reported_too(check, folder):
     assert "Agreement" not in printed and (folder / "out" / "report.png").exists()
 
 
+def test_a_terminal_shows_how_far_each_scorer_is(check, folder, monkeypatch):
+    monkeypatch.setattr(type(sys.stderr), "isatty", lambda stream: True, raising=False)
+    _, _, errors = check(config(scorer("scripted"), scorer("failing"), scorer("length")))
+    for name, expected in (("scripted", [0, 8, 16, 20]), ("failing", [0, 8])):
+        shown = re.findall(rf"{name}: pairs (\d+)/20", errors)
+        assert list(map(int, shown)) == expected
+    assert errors.count("\nlength: pairs") + errors.count("\n\r\033[Klength: pairs") == 1
+
+
 def test_infinite_scores_of_both_answers_tell_nothing(check, folder):
     """They may be refused instead; no verdict is made of them."""
     status, _, errors = check(config(scorer("infinite")))
