@@ -78,6 +78,18 @@ def group_advantages(
     return advantages.to(rewards.dtype)
 
 
+def standardised(scores: Tensor) -> Tensor:
+    """Return scores centred in their group and divided by its population standard deviation.
+
+    Args:
+        scores: [F, B, M] of F scorers over the M members of B groups, NaN = missing.
+
+    Returns:
+        [F, B, M], unitless, NaN where missing, 0 in groups whose scores are equal.
+    """
+    return group_advantages(scores.flatten(0, 1)).view_as(scores).where(~scores.isnan(), torch.nan)
+
+
 def _standardised(rewards: Tensor, counted: Tensor, scale: GroupScale, tolerance: float) -> Tensor:
     """Return (R - mean) / scale, the statistics over present members that ``counted`` marks."""
     present = ~rewards.isnan()

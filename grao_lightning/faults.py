@@ -30,6 +30,15 @@ class Faults(list[str]):
         if value not in valid:
             self.add(f"{setting} must be one of {', '.join(valid)}; got {value!r}")
 
+    def raise_as_one(self) -> None:
+        """Raise one error in one line, for arguments whose owner the catcher names.
+
+        Raises:
+            UserError: There are faults.
+        """
+        if self:
+            raise UserError("; ".join(self))
+
     def raise_if_any(self, where: str = "in the configuration") -> None:
         """Raise one error that lists all faults, if there are any.
 

@@ -9,7 +9,7 @@ Reduce = Callable[[Tensor, str], Tensor]  # (values, "sum" | "max") -> values ov
 
 
 class StepStatistics:
-    """Named means and extremes of one step.
+    """Named means, totals and extremes of one step.
 
     Sums and counts are kept apart until all ranks are added up, so a mean over ranks with
     different numbers of tokens is still the mean over all tokens. Every rank must note the same
@@ -19,13 +19,20 @@ class StepStatistics:
     def __init__(self) -> None:
         self._sums: dict[str, tuple[float, float]] = {}
         self._highest: dict[str, float] = {}
+        self._totals: set[str] = set()
 
     def mean(self, name: str, values: Tensor | float) -> None:
         """Note values whose mean is wanted; NaN is left out."""
         flat = torch.as_tensor(values, dtype=torch.double).detach().flatten()
         present = flat[~flat.isnan()]
-        total, count = self._sums.get(name, (0.0, 0.0))
-        self._sums[name] = (total + present.sum().item(), count + len(present))
+        self.add(name, present.sum().item(), len(present))
+
+    def add(self, name: str, total: float, count: float | None) -> None:
+        """Note a sum of ``count`` values whose mean is wanted; with None, the sum itself is."""
+        before = self._sums.get(name, (0.0, 0.0))
+        self._sums[name] = (before[0] + total, before[1] + (count or 0.0))
+        if count is None:
+            self._totals.add(name)
 
     def share(self, name: str, part: Tensor, whole: Tensor) -> None:
         """Note a part and its whole: their ratio is taken once all ranks are added up."""
@@ -40,7 +47,7 @@ class StepStatistics:
         """Return every statistic over all ranks; a mean over nothing, a share of 0, is NaN."""
         sums = reduce(torch.tensor(list(self._sums.values()), dtype=torch.double), "sum")
         means = {
-            name: (total / count if count else float("nan"))
+            name: total if name in self._totals else total / count if count else float("nan")
             for name, (total, count) in zip(self._sums, sums.tolist(), strict=True)
         }
         if not self._highest:

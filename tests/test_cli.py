@@ -182,7 +182,7 @@ def test_the_printed_config_is_a_file_that_runs(grao, repository):
     assert "step 2/2" not in text and "RAS %" in text
 
 
-@pytest.mark.parametrize("name", ["quickstart", "sft", "hh_smollm2"])
+@pytest.mark.parametrize("name", ["quickstart", "sft", "hh_smollm2", "rewards_mix"])
 def test_every_setting_of_the_shipped_configs_is_known(grao, repository, name):
     status, text, errors = grao(
         "fit", "--config", repository / f"configs/{name}.yaml", "--print_config"

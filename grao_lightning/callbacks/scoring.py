@@ -8,30 +8,40 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from grao_lightning.advantages import GroupScale, GroupStatistics, group_advantages
+from grao_lightning.advantages import (
+    GroupScale,
+    GroupStatistics,
+    group_advantages,
+    standardised,
+)
 from grao_lightning.batch import Completions, PromptBatch
 from grao_lightning.callbacks.phase import RareWarning, phase
 from grao_lightning.faults import Faults, UserError
 from grao_lightning.metrics import compare
+from grao_lightning.rewards.missing import MissingWindow
 from grao_lightning.rewards.preference import length_alone
 from grao_lightning.rewards.protocol import (
     RewardFunction,
     RewardSpec,
     call_rewards,
     column_fault,
+    scorer_statistics,
     weighted_sum,
 )
+from grao_lightning.step_statistics import StepStatistics
 
 log = logging.getLogger(__name__)
 
 Comparison = Literal["pairwise", "raw"]
+Aggregation = Literal["raw", "normalized"]
 
 
 class GroupScoring(Callback):
     """Fills ``batch.rewards``, ``outcomes`` and ``advantages``.
 
-    Completions and reference answers are scored by the same weighted reward functions. A missing
-    score (None or NaN) is left out of the group's statistics, never counted as 0.
+    Completions and reference answers are scored by the same weighted reward functions; a pairwise
+    one compares the two, see `grao_lightning.rewards.protocol`. A missing score (None or NaN) is
+    left out of the group's statistics, never counted as 0.
 
     Args:
         rewards: The reward functions and their weights.
@@ -45,6 +55,13 @@ class GroupScoring(Callback):
             `group_advantages`; null = the method's own choice (GRAO: inside, GRPO: outside).
         scale: What divides a group's centred rewards, see `group_advantages`; null = the method's
             own choice (GRAO: population_std, GRPO: sample_std).
+        aggregation: What is summed up in training. "raw": the scores as they are; "normalized":
+            each function's scores divided by their standard deviation in the group, after their
+            mean is taken off, so that no function outweighs another by its unit. Validation and
+            ``train/reward`` always sum raw scores.
+        max_missing: Training stops with an error and a checkpoint when more than this share of the
+            completions, over the last ``missing_window`` steps, got no reward.
+        missing_window: Steps; a shorter outage of a judge is waited out.
     """
 
     def __init__(
@@ -55,6 +72,9 @@ class GroupScoring(Callback):
         statistics: GroupStatistics | None = None,
         scale: GroupScale | None = None,
         judges: list[RewardSpec] | None = None,
+        aggregation: Aggregation = "raw",
+        max_missing: float = 0.5,
+        missing_window: int = 10,
     ) -> None:
         self.rewards = rewards
         self.judges = judges
@@ -62,16 +82,24 @@ class GroupScoring(Callback):
         self.tie_tolerance = tie_tolerance
         self.statistics = statistics
         self.scale = scale
+        self.aggregation = aggregation
+        self.max_missing = max_missing
+        self.missing_window = missing_window
         self.held_out_accuracy: dict[str, Any] = {}
         self._functions: dict[str, RewardFunction] = {}
         self._base_scores: dict[tuple[int, ...], Tensor] = {}
         self._no_signal = RareWarning()
+        self._missing = MissingWindow(missing_window, max_missing)
+        self._in_validation = StepStatistics()
 
     def faults(self) -> Faults:
         """Return what is wrong with the settings; imports the reward functions."""
         faults = Faults()
         faults.at_least("scoring.tie_tolerance", self.tie_tolerance, 0)
         faults.one_of("scoring.comparison", self.comparison, get_args(Comparison))
+        faults.one_of("scoring.aggregation", self.aggregation, get_args(Aggregation))
+        faults.between("scoring.max_missing", self.max_missing, 0, 1)
+        faults.at_least("scoring.missing_window", self.missing_window, 1)
         if self.statistics is not None:
             faults.one_of("scoring.statistics", self.statistics, get_args(GroupStatistics))
         if self.scale is not None:
@@ -86,10 +114,11 @@ class GroupScoring(Callback):
         labels = [spec.label for spec in self._specs]
         for label in sorted({label for label in labels if labels.count(label) > 1}):
             faults.add(f"scoring.rewards: {label!r} names two reward functions; give each a name")
-        try:
-            self._load()
-        except UserError as error:
-            faults.add(str(error))
+        for spec in self._specs:
+            try:
+                self._function(spec)
+            except UserError as error:
+                faults.add(str(error))
         return faults
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
@@ -116,14 +145,41 @@ class GroupScoring(Callback):
             return
         with phase(trainer, batch, "score"):
             assert batch.completions is not None, "GroupSampling has not filled batch.completions"
-            self._score(batch, batch.completions, self.rewards)
-            batch.compared = self._compared(batch)
+            scores = self._score(batch, batch.completions, self.rewards)
+            batch.compared = self._compared(batch, scores)
             batch.advantages = group_advantages(
                 batch.compared,
                 statistics=self.statistics or pl_module.group_statistics,
                 scale=self.scale or pl_module.group_scale,
             ).float()
         self._note(batch, trainer.global_step, needs_spread=pl_module.needs_spread)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: PromptBatch, batch_idx: int
+    ) -> None:
+        """Stop a run whose rewards have been missing for too long.
+
+        Raises:
+            UserError: More than ``max_missing`` of the window's completions got no reward.
+        """
+        share = pl_module.step_values.get("missing_rewards")  # over all ranks: they stop together
+        mean = None if share is None else self._missing.exceeded_by(share)
+        if mean is not None:
+            raise UserError(
+                f"scoring.max_missing must not be exceeded over scoring.missing_window="
+                f"{self.missing_window} steps; got {mean:.0%} of the rewards missing, with "
+                f"max_missing={self.max_missing}, at step {trainer.global_step}: see the judge's "
+                "messages above, mend it and go on from last.ckpt with --ckpt_path, or raise "
+                "scoring.max_missing"
+            )
+
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Begin with nothing noted but the names, which all ranks must note."""
+        self._in_validation = StepStatistics()
+        for spec in self._judges:
+            self._in_validation.mean(f"rewards/{spec.label}/mean", torch.empty(0))
+        self._in_validation.mean("missing_rewards", torch.empty(0))
+        self._note_statistics(self._in_validation, self._judges)
 
     def on_validation_batch_start(
         self,
@@ -136,18 +192,42 @@ class GroupScoring(Callback):
         """Compare the policy's completions with the reference answers and with the base's."""
         with phase(trainer, batch, "score"):
             assert batch.completions is not None, "GroupSampling has not filled batch.completions"
-            judges = self.judges or self.rewards
-            self._score(batch, batch.completions, judges)
-            if batch.base_completions is None or batch.rewards is None:
-                return
-            key = tuple(batch.indices)
-            if key not in self._base_scores:  # the base never changes, nor do its scores
-                scores = self._scores(batch, batch.base_completions, judges)
-                self._base_scores[key] = _total(scores, judges)[:, 0]
-            base, reference_answer = self._base_scores[key], batch.rewards[:, 1]
-            batch.base_rewards = base
-            batch.base_outcomes = compare(base, reference_answer, self.tie_tolerance)
-            batch.gain_outcomes = compare(batch.rewards[:, 0], base, self.tie_tolerance)
+            self._score(batch, batch.completions, self._judges)
+            if batch.base_completions is not None:
+                self._score_base(batch, batch.base_completions)
+        assert batch.outcomes is not None
+        note = self._in_validation.mean
+        for name, scores in batch.rewards_by_name.items():
+            note(f"rewards/{name}/mean", scores[:, :-1])
+        note("missing_rewards", batch.outcomes.isnan().double())
+        self._note_statistics(self._in_validation, self._judges)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Log what the judges said of themselves, and tell when verdicts are missing."""
+        values = self._in_validation.reduced(pl_module.reduce_over_ranks)
+        pl_module.log_dict({f"val/{name}": value for name, value in values.items()}, batch_size=1)
+        if values["missing_rewards"] > 0:
+            rank_zero_warn(
+                f"validation at step {trainer.global_step}: {values['missing_rewards']:.1%} of the "
+                "completions got no reward: RAS, NAG and reward are those of the others"
+            )
+
+    def _score_base(self, batch: PromptBatch, completions: Completions) -> None:
+        assert batch.rewards is not None
+        key = tuple(batch.indices)
+        base = self._base_scores.get(key)
+        if base is None:
+            scores = self._scores(batch, completions, self._judges)
+            base = _total(scores, self._judges)[:, 0]
+            if not base.isnan().any():  # the base never changes, nor do its scores
+                self._base_scores[key] = base
+        batch.base_rewards = base
+        batch.base_outcomes = compare(base, batch.rewards[:, 1], self.tie_tolerance)
+        batch.gain_outcomes = compare(batch.rewards[:, 0], base, self.tie_tolerance)
+
+    @property
+    def _judges(self) -> list[RewardSpec]:
+        return self.judges or self.rewards
 
     @property
     def _specs(self) -> list[RewardSpec]:
@@ -155,9 +235,13 @@ class GroupScoring(Callback):
 
     def _load(self) -> dict[str, RewardFunction]:
         """Return every function by its label."""
-        if not self._functions:
-            self._functions = {spec.label: spec.load() for spec in self._specs}
-        return self._functions
+        return {spec.label: self._function(spec) for spec in self._specs}
+
+    def _function(self, spec: RewardSpec) -> RewardFunction:
+        """Return what a spec names, made once."""
+        if spec.label not in self._functions:
+            self._functions[spec.label] = spec.load()
+        return self._functions[spec.label]
 
     def _fit(self, label: str, function: Any, trainer: Trainer) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
@@ -182,44 +266,61 @@ class GroupScoring(Callback):
             )
             self.held_out_accuracy["length alone"] = length_alone(pairs[1:], held_out[1:])
 
-    def _score(self, batch: PromptBatch, completions: Completions, specs: list[RewardSpec]) -> None:
+    def _score(
+        self, batch: PromptBatch, completions: Completions, specs: list[RewardSpec]
+    ) -> Tensor:
+        """Fill in what the batch says of its rewards; return the scores, [F, B, G+1]."""
         scores = self._scores(batch, completions, specs)
         batch.rewards = _total(scores, specs)
         batch.rewards_by_name = {spec.label: part for spec, part in zip(specs, scores, strict=True)}
-        of_completions, of_answer = batch.rewards[:, :-1], batch.rewards[:, -1:]
-        batch.outcomes = compare(
-            of_completions, of_answer.expand_as(of_completions), self.tie_tolerance
-        )
+        batch.outcomes = self._outcomes(batch.rewards)
+        return scores
+
+    def _outcomes(self, rewards: Tensor) -> Tensor:
+        """Return each completion against the reference answer, [B, G] in {-1, 0, 1}."""
+        of_completions, of_answer = rewards[:, :-1], rewards[:, -1:]
+        return compare(of_completions, of_answer.expand_as(of_completions), self.tie_tolerance)
 
     def _scores(
         self, batch: PromptBatch, completions: Completions, specs: list[RewardSpec]
     ) -> Tensor:
         """Return the scores of every function for every member, [F, B, G+1] float64."""
         arguments = _arguments(batch, completions)
-        functions = [self._load()[spec.label] for spec in specs]
-        scores = torch.tensor(call_rewards(functions, arguments), dtype=torch.double)
+        functions = [self._function(spec) for spec in specs]
+        called = call_rewards(functions, arguments, num_reference_answers=len(batch))
+        scores = torch.tensor(called, dtype=torch.double)
         of_completions, of_answers = scores.split([len(completions.ids), len(batch)], dim=1)
         groups = of_completions.view(len(scores), len(batch), -1)
         return torch.cat([groups, of_answers[:, :, None]], dim=2)
 
-    def _compared(self, batch: PromptBatch) -> Tensor:
+    def _compared(self, batch: PromptBatch, scores: Tensor) -> Tensor:
         assert batch.rewards is not None and batch.outcomes is not None
+        rewards, outcomes = batch.rewards, batch.outcomes
+        if self.aggregation == "normalized":
+            rewards = _total(standardised(scores), self.rewards)
+            outcomes = self._outcomes(rewards)
         if self.comparison == "raw":
-            return batch.rewards
-        own = torch.zeros_like(batch.rewards[:, -1:])  # R(y, y) = 0
-        return torch.cat([batch.outcomes.double(), own], dim=1)
+            return rewards
+        own = torch.zeros_like(rewards[:, -1:])  # R(y, y) = 0
+        return torch.cat([outcomes.double(), own], dim=1)
+
+    def _note_statistics(self, statistics: StepStatistics, specs: list[RewardSpec]) -> None:
+        functions = {spec.label: self._function(spec) for spec in specs}
+        for name, (total, count) in scorer_statistics(functions).items():
+            statistics.add(name, total, count)
 
     def _note(self, batch: PromptBatch, step: int, *, needs_spread: bool) -> None:
         assert batch.rewards is not None and batch.outcomes is not None
-        assert batch.advantages is not None
+        assert batch.advantages is not None and batch.compared is not None
         note, completions = batch.statistics.mean, batch.rewards[:, :-1]
         note("reward", completions)
         note("reward_std", _population_std(completions))
         note("reference_answer/reward", batch.rewards[:, -1])
-        note("missing_rewards", batch.rewards.isnan().double())
+        note("missing_rewards", batch.compared[:, :-1].isnan().double())
         note("ras", (batch.outcomes > 0).double().where(~batch.outcomes.isnan(), torch.nan))
         for name, scores in batch.rewards_by_name.items():
             note(f"rewards/{name}/mean", scores[:, :-1])
+        self._note_statistics(batch.statistics, self.rewards)
         dead = (batch.advantages == 0).all(dim=1)
         note("frac_reward_zero_std", dead.double())
         note("mean_abs_advantage", batch.advantages.abs())

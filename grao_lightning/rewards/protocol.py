@@ -1,14 +1,23 @@
 """How rewards are named, checked and called.
 
-A reward function is any callable, sync or async, that takes by keyword those it names of
+A scorer is any callable, sync or async, that takes by keyword those it names of
 
     prompts: list[str], completions: list[str], reference_answers: list[str],
     truncated: list[bool]   (the length limit ended the completion)
 
 and of the dataset's other columns, each a list as long as the others. It returns one number a
 completion in its own unit, higher = better, with None or NaN for "missing". It is called with the
-completions of a whole batch at once, the reference answers among them: a reference answer is scored
-like any completion.
+completions of a whole batch at once. What it may tell of itself, as attributes:
+
+    unit: str                     of its scores, such as "log-odds"; for people
+    range: tuple[float, float]    closed bounds of its scores; one outside is refused
+    pairwise: bool                False: a reference answer is scored like any completion, and comes
+                                  behind them. True: it compares each completion with the reference
+                                  answer, > 0 = the completion is better, and is called with
+                                  completions alone; the reference answer's own score is 0.
+    statistics()                  -> {name: (sum, count)} since the last call, always the same
+                                  names; logged as judge/name: the mean, or with None for the
+                                  count the sum
 
 A class is constructed with ``arguments`` and its instances are called. If they have a method
 ``fit(prompts, chosen, rejected)``, it is called once, on the train split's preference pairs.
@@ -18,8 +27,8 @@ import asyncio
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,42 +98,76 @@ def columns_asked_for(function: RewardFunction) -> tuple[set[str], bool]:
     return required, any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
 
+def is_pairwise(function: RewardFunction) -> bool:
+    """Return whether a scorer compares completions with the reference answer."""
+    return bool(getattr(function, "pairwise", False))
+
+
 def call_rewards(
-    functions: Sequence[RewardFunction], arguments: dict[str, list[Any]]
+    functions: Sequence[RewardFunction],
+    arguments: dict[str, list[Any]],
+    *,
+    num_reference_answers: int = 0,
 ) -> list[list[float]]:
-    """Return the scores of every function, NaN for missing; async functions run side by side.
+    """Return the scores of every scorer, NaN for missing; async ones run beside the others.
 
     Args:
         functions: As `RewardSpec.load` gives them.
         arguments: prompts, completions, reference_answers and the dataset's other columns, each
             a list of equal length n.
+        num_reference_answers: How many of the n, the last ones, are the reference answers
+            themselves. Pairwise scorers are not called with those and give them 0.
 
     Returns:
-        One list of n floats a function.
+        One list of n floats a scorer.
 
     Raises:
-        UserError: A function asks for a column that is not there, or returns another number of
-            scores than it got completions.
+        UserError: A scorer asks for a column that is not there, or returns what are no scores:
+            another number of them, no numbers, infinite ones or some outside its range.
     """
+    number = len(arguments["completions"])
+    compared = number - num_reference_answers
 
-    async def call(function: RewardFunction) -> list[float]:
-        result = function(**_wanted(function, arguments))
-        if inspect.isawaitable(result):
-            result = await result
-        scores = [math.nan if score is None else float(score) for score in result]
-        if len(scores) != len(arguments["completions"]):
-            raise UserError(
-                f"reward function {_name(function)} must return one score a completion: got "
-                f"{len(scores)} for {len(arguments['completions'])} completions"
-            )
-        return scores
-
-    async def call_all() -> list[list[float]]:
-        return list(await asyncio.gather(*(call(function) for function in functions)))
+    def call(function: RewardFunction) -> Any:
+        chosen = _wanted(function, arguments)
+        if is_pairwise(function):
+            chosen = {name: values[:compared] for name, values in chosen.items()}
+        return function(**chosen)
 
     # A thread of its own: the caller may sit in a running event loop, as in a notebook.
     with ThreadPoolExecutor(max_workers=1) as executor:
-        return executor.submit(asyncio.run, call_all()).result()
+
+        def awaited(started: dict[int, Any]) -> Future[dict[int, Any]]:
+            return executor.submit(asyncio.run, _gathered(started))
+
+        asynchronous = {at for at, function in enumerate(functions) if _is_async(function)}
+        beside = awaited({at: call(functions[at]) for at in asynchronous})
+        found = {at: call(functions[at]) for at in range(len(functions)) if at not in asynchronous}
+        late = {at: result for at, result in found.items() if inspect.isawaitable(result)}
+        found |= awaited(late).result() | beside.result()
+    scores = []
+    for at, function in enumerate(functions):
+        own = [0.0] * num_reference_answers if is_pairwise(function) else []
+        scores.append(_checked(function, found[at], number - len(own)) + own)
+    return scores
+
+
+def scorer_statistics(
+    functions: Mapping[str, RewardFunction],
+) -> dict[str, tuple[float, float | None]]:
+    """Return what scorers tell of themselves since they were last asked, (sum, count) by name.
+
+    Args:
+        functions: By label. The label is part of the name where several tell something.
+    """
+    telling = {
+        label: function for label, function in functions.items() if hasattr(function, "statistics")
+    }
+    return {
+        f"judge/{label}/{name}" if len(telling) > 1 else f"judge/{name}": figure
+        for label, function in telling.items()
+        for name, figure in function.statistics().items()
+    }
 
 
 def weighted_sum(scores: Tensor, weights: Sequence[float]) -> Tensor:
@@ -175,6 +218,40 @@ def _wanted(function: RewardFunction, arguments: dict[str, list[Any]]) -> dict[s
         for name in inspect.signature(function).parameters
         if name in arguments
     }
+
+
+def _is_async(function: RewardFunction) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+        getattr(function, "__call__", None)  # noqa: B004
+    )
+
+
+async def _gathered(started: dict[int, Awaitable[Any]]) -> dict[int, Any]:
+    return dict(zip(started, await asyncio.gather(*started.values()), strict=True))
+
+
+def _checked(function: RewardFunction, scores: Iterable[Any], number: int) -> list[float]:
+    """Return scores as floats, NaN = missing, if they are what was asked for."""
+    try:
+        floats = [math.nan if score is None else float(score) for score in scores]
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"reward function {_name(function)} must return a list of numbers, None for a missing "
+            f"one: {error}"
+        ) from error
+    if len(floats) != number:
+        raise UserError(
+            f"reward function {_name(function)} must return one score a completion: got "
+            f"{len(floats)} for {number} completions"
+        )
+    low, high = getattr(function, "range", None) or (-math.inf, math.inf)
+    for score in floats:
+        if math.isinf(score) or score < low or score > high:
+            raise UserError(
+                f"reward function {_name(function)} must return finite scores in [{low}, {high}], "
+                f"None for a missing one; got {score}"
+            )
+    return floats
 
 
 def _name(function: RewardFunction) -> str:

@@ -9,7 +9,9 @@ import torch
 
 from grao_lightning.advantages import group_advantages
 from grao_lightning.batch import Completions, PromptBatch
+from grao_lightning.callbacks.checkpoint import LastCheckpoint
 from grao_lightning.callbacks.scoring import GroupScoring
+from grao_lightning.faults import UserError
 from grao_lightning.rewards.protocol import RewardSpec
 from tests.runs import fit, stages
 
@@ -22,6 +24,29 @@ def word_count(completions):
 
 def missing_where_empty(completions):
     return [float(len(text.split())) if text else None for text in completions]
+
+
+class Verdicts:
+    """Compares word counts with the reference answer's, and tells how often it was asked."""
+
+    pairwise = True
+    unit, range = "verdict", (-1, 1)
+
+    def __init__(self):
+        self.asked: list[str] = []
+
+    def __call__(self, completions, reference_answers):
+        self.asked += completions
+        pairs = zip(word_count(completions), word_count(reference_answers), strict=True)
+        return [float((own > other) - (own < other)) for own, other in pairs]
+
+    def statistics(self):
+        asked, self.asked = len(self.asked), []
+        return {"ones": (float(asked), asked), "asked": (float(asked), None)}
+
+
+def hundred_squares(completions):
+    return [100.0 * words**2 for words in word_count(completions)]
 
 
 def bonus(completions, extra):
@@ -113,7 +138,66 @@ def test_a_missing_score_is_left_out_and_never_counts_as_zero():
     statistics = batch.statistics.reduced(lambda values, _: values)
     assert statistics["reward"] == 2.0, "mean of 3 and 1"
     assert statistics["ras"] == 0.5, "one of two compared completions wins"
-    assert statistics["missing_rewards"] == 0.25
+    assert statistics["missing_rewards"] == pytest.approx(1 / 3), "of the completions"
+
+
+def test_a_pairwise_scorer_compares_completions_and_the_reference_answers_own_score_is_0():
+    batch = scored(TEXTS, ANSWERS, rewards=[RewardSpec(f"{HERE}.Verdicts", name="judge")])
+    assert batch.rewards.tolist() == [[-1, 0, 1, 0], [0, 0, 0, 0]]
+    assert batch.outcomes.tolist() == [[-1, 0, 1], [0, 0, 0]]
+    statistics = batch.statistics.reduced(lambda values, _: values)
+    assert statistics["judge/ones"] == 1.0, "a mean"
+    assert statistics["judge/asked"] == 6.0, "a total: six completions and no reference answer"
+
+
+def test_pairwise_and_pointwise_scores_add_up():
+    rewards = [
+        RewardSpec(f"{HERE}.Verdicts", weight=10.0),
+        RewardSpec(f"{HERE}.word_count", weight=1.0),
+    ]
+    assert scored(TEXTS, ANSWERS, rewards=rewards).rewards.tolist() == [
+        [-10 + 1, 0 + 2, 10 + 3, 0 + 2],
+        [2, 2, 2, 2],
+    ]
+
+
+def test_statistics_of_two_scorers_keep_their_names_apart():
+    rewards = [RewardSpec(f"{HERE}.Verdicts", name=name) for name in ("kind", "honest")]
+    statistics = scored(TEXTS, ANSWERS, rewards=rewards).statistics.reduced(lambda v, _: v)
+    assert statistics["judge/kind/asked"] == statistics["judge/honest/asked"] == 6.0
+
+
+def test_normalised_scores_count_the_same_whatever_their_units():
+    """Words 1, 2, 3 and the answer's 2; the other function gives 100 times the squares."""
+    rewards = [
+        RewardSpec(f"{HERE}.word_count", weight=1.0),
+        RewardSpec(f"{HERE}.hundred_squares", weight=0.5),
+    ]
+    texts, answers = TEXTS[:1], ANSWERS[:1]
+    batch = scored(texts, answers, rewards=rewards, aggregation="normalized")
+    words, squares = torch.tensor([1.0, 2, 3, 2]), torch.tensor([1.0, 4, 9, 4])
+    total = sum(
+        weight * (values - values.mean()) / values.std(correction=0)
+        for weight, values in ((1.0, words), (0.5, squares))
+    )
+    torch.testing.assert_close(batch.compared[0].float(), total)
+    assert batch.rewards[0].tolist() == [1 + 50, 2 + 200, 3 + 450, 2 + 200], "reward stays raw"
+
+
+def test_normalised_scores_leave_missing_ones_missing_and_outcomes_follow_them():
+    rewards = [
+        RewardSpec(f"{HERE}.missing_where_empty"),
+        RewardSpec(f"{HERE}.hundred_squares", weight=-0.5),
+    ]
+    options = {"rewards": rewards, "comparison": "pairwise", "aggregation": "normalized"}
+    batch = scored([["a", "", "a b c"]], ["a b"], **options)
+    # words z = (-1, 0, 1) * sqrt(1.5) without the empty text; squares 1, 0, 9 and 4 less their
+    # mean 3.5, over sqrt((6.25 + 12.25 + 30.25 + 0.25) / 4) = 3.5: -0.714, -1, 1.571, 0.143
+    # totals: -1.225 + 0.357 = -0.868; missing; 1.225 - 0.786 = 0.439; answer 0 - 0.071
+    assert batch.compared[0, [0, 2, 3]].tolist() == [-1, 1, 0]
+    assert batch.compared[0, 1].isnan()
+    raw = scored([["a", "", "a b c"]], ["a b"], **{**options, "aggregation": "raw"})
+    assert raw.compared[0, [0, 2, 3]].tolist() == [1, -1, 0], "squares of another unit decide"
 
 
 def test_statistics_tell_dead_groups_and_the_spread():
@@ -212,8 +296,116 @@ def test_judges_score_validation_and_rewards_training(tmp_path):
     assert judged["base_reward"].value > 2
 
 
+def test_every_function_that_cannot_be_made_is_told():
+    specs = [RewardSpec(f"no_such_package.{name}") for name in ("first", "second")]
+    told = "\n".join(GroupScoring(specs[:1], judges=specs[1:]).faults())
+    assert "no_such_package.first" in told and "no_such_package.second" in told
+
+
 def test_only_a_step_without_any_signal_is_warned_of(recwarn):
     scored(TEXTS, ANSWERS)  # one group of two is dead
     assert not recwarn.list
     with pytest.warns(UserWarning, match="no group carries a signal"):
         scored(TEXTS[1:], ANSWERS[1:])
+
+
+class Outage:
+    """Scores by words, but for the calls of an outage, when every score is missing."""
+
+    calls = 0
+    during = range(0)
+
+    def __call__(self, completions):
+        type(self).calls += 1
+        down = type(self).calls in type(self).during
+        return [None if down else words for words in word_count(completions)]
+
+
+@pytest.fixture
+def outage(monkeypatch):
+    """Set when the scorer is down, by the number of its call; one call a step."""
+
+    def during(calls):
+        monkeypatch.setattr(Outage, "calls", 0)
+        monkeypatch.setattr(Outage, "during", calls)
+        return {
+            "rewards": [RewardSpec(f"{HERE}.Outage")],
+            "max_missing": 0.5,
+            "missing_window": 3,
+        }
+
+    return during
+
+
+@pytest.mark.filterwarnings("ignore:step")
+def test_a_short_outage_is_waited_out_and_teaches_nothing(tmp_path, outage):
+    shares = []
+
+    class Noted(GroupScoring):
+        def on_train_batch_end(self, trainer, pl_module, *rest):
+            values = pl_module.step_values
+            shares.append((values["missing_rewards"], values["frac_reward_zero_std"]))
+            super().on_train_batch_end(trainer, pl_module, *rest)
+
+    callbacks = stages()
+    callbacks[1] = Noted(**outage(range(3, 4)))
+    fit(tmp_path, callbacks=callbacks, max_steps=5)
+    assert [missing for missing, _ in shares] == [0, 0, 1, 0, 0]
+    assert shares[2][1] == 1, "every group is without signal"
+
+
+@pytest.mark.filterwarnings("ignore:step")
+def test_a_long_outage_ends_the_run_with_a_checkpoint_it_can_go_on_from(tmp_path, outage):
+    def run(settings, **options):
+        checkpoint = LastCheckpoint(dirpath=tmp_path, filename="last", save_on_exception=True)
+        callbacks = [*stages(scoring=settings), checkpoint]
+        return fit(tmp_path, callbacks=callbacks, enable_checkpointing=True, max_steps=9, **options)
+
+    with pytest.raises(UserError, match=r"got 67% of the rewards missing.*at step 6.*last.ckpt"):
+        run(outage(range(5, 99)))  # of steps 4, 5, 6 the last two are missing
+    module = run(outage(range(0)), ckpt_path=str(tmp_path / "last.ckpt"))
+    assert module.trainer.global_step == 9
+    assert Outage.calls == 3, "steps 7 to 9"
+
+
+def test_a_base_answer_that_was_not_scored_is_scored_at_the_next_validation(tmp_path, outage):
+    """Calls: policy, base, policy, base again, policy: one batch, three validations."""
+    module = None
+
+    class Seen(GroupScoring):
+        def on_validation_epoch_end(self, trainer, pl_module):
+            super().on_validation_epoch_end(trainer, pl_module)
+            present.append(trainer.logged_metrics["val/missing_rewards"].item())
+
+    present, judges = [], outage(range(2, 3))["rewards"]
+    callbacks = stages()
+    callbacks[1] = Seen([RewardSpec(f"{HERE}.word_count")], judges=judges)
+    module = fit(
+        tmp_path,
+        callbacks=callbacks,
+        data={"validation_prompts": 8},
+        limit_val_batches=1.0,
+        val_check_interval=1,
+    )
+    assert Outage.calls == 5
+    assert module.estimates["base_reward"].value > 2
+    assert present == [0, 0, 0], "the policy's own answers all have scores"
+
+
+@pytest.mark.filterwarnings("ignore:validation at step")
+def test_validation_logs_each_judge_and_what_is_missing(tmp_path, outage):
+    judges = [*outage(range(1, 2))["rewards"], RewardSpec(f"{HERE}.Verdicts", name="verdicts")]
+    module = fit(
+        tmp_path,
+        callbacks=stages(scoring={"judges": judges}),
+        data={"validation_prompts": 8},
+        max_steps=1,
+        limit_val_batches=1.0,
+        val_check_interval=1,
+    )
+    logged = module.trainer.logged_metrics
+    assert logged["val/judge/asked"] == 16.0, "eight prompts, policy and base"
+    assert -1 <= logged["val/rewards/verdicts/mean"] <= 1
+    # The first judge scored nothing, so it does not apply; the other's verdicts stand.
+    assert logged["val/missing_rewards"] == 0
+    assert math.isnan(logged["val/rewards/Outage/mean"])

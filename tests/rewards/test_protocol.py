@@ -62,6 +62,62 @@ def test_none_is_missing_not_zero():
     assert math.isnan(scores[0][0]) and scores[0][1] == 0.0 and math.isnan(scores[0][2])
 
 
+def test_pairwise_functions_see_no_reference_answer_and_give_it_0():
+    class AgainstAnswer:
+        pairwise = True
+
+        def __call__(self, completions, reference_answers, difficulty):
+            assert completions == ["a", "bb"] and difficulty == [1, 1]
+            assert reference_answers == ["y", "y"]
+            return [1.0, -1.0]
+
+    scores = call_rewards([AgainstAnswer(), length], ARGUMENTS, num_reference_answers=1)
+    assert scores == [[1.0, -1.0, 0.0], [1.0, 2.0, 3.0]]
+
+
+def test_a_function_that_computes_runs_while_async_ones_wait():
+    def slow(completions):
+        time.sleep(0.3)
+        return [0.0] * len(completions)
+
+    async def waiting(completions):
+        await asyncio.sleep(0.3)
+        return [1.0] * len(completions)
+
+    started = time.perf_counter()
+    assert call_rewards([slow, waiting], ARGUMENTS) == [[0.0] * 3, [1.0] * 3]
+    assert time.perf_counter() - started < 0.55, "one after the other takes 0.6 s"
+
+
+def test_a_function_that_only_hands_on_an_async_one_is_waited_for_too():
+    scores = call_rewards([lambda completions, difficulty: slow_length(**locals())], ARGUMENTS)
+    assert scores == [[1.0, 2.0, 9.0]]
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ([0.0, 1.5, 0.0], r"finite scores in \[-1, 1\], None for a missing one; got 1.5"),
+        ([0.0, -1.5, 0.0], "got -1.5"),
+        ([0.0, math.inf, 0.0], "got inf"),
+        ([0.0, "good", 0.0], "a list of numbers, None for a missing one.*'good'"),
+        (None, "a list of numbers"),
+    ],
+)
+def test_what_is_no_score_is_refused_with_the_functions_name(scores, message):
+    def Bounded(completions):
+        return scores
+
+    Bounded.range = (-1, 1)
+    with pytest.raises(UserError, match=f"reward function Bounded must return .*{message}"):
+        call_rewards([Bounded], ARGUMENTS)
+
+
+def test_infinite_scores_are_refused_without_a_range():
+    with pytest.raises(UserError, match="got -inf"):
+        call_rewards([lambda completions: [0.0, -math.inf, NAN]], ARGUMENTS)
+
+
 def test_a_column_that_is_not_there_is_named_with_those_that_are():
     with pytest.raises(UserError, match=r"column colour; the dataset has difficulty"):
         call_rewards([lambda completions, colour: []], ARGUMENTS)
