@@ -16,6 +16,9 @@ commands:
   validate  measure RAS, NAG:   grao validate --config ... [--ckpt_path ...]
   compare   several methods side by side, and a report:
                                 grao compare --config configs/compare_keywords.yaml
+  judge-check
+            how far a judge or reward agrees with people:
+                                grao judge-check --config configs/judge_check.yaml
   export    write a Hugging Face folder:
                                 grao export --ckpt_path ... --output ...
 
@@ -39,7 +42,7 @@ def main() -> int:
     if arguments[0] == "--version":
         print(f"grao-lightning {__version__}")
         return 0
-    commands = ("fit", "validate", "compare", "export")
+    commands = ("fit", "validate", "compare", "judge-check", "export")
     if arguments[0] not in commands:
         print(
             f"grao: no command {arguments[0]!r}; there are {', '.join(commands)}", file=sys.stderr
@@ -62,6 +65,10 @@ def _run(arguments: list[str]) -> int:
             from grao_lightning.compare.command import compare_command
 
             return compare_command(arguments[1:])
+        elif arguments[0] == "judge-check":
+            from grao_lightning.judge_check.command import judge_check_command
+
+            return judge_check_command(arguments[1:])
         else:
             gc.disable()  # looking for garbage among what is imported would take a fifth of it
             from grao_lightning.cli import run

@@ -1,6 +1,5 @@
 """``grao fit`` and ``grao validate``: LightningCLI with the three stages in their order."""
 
-import logging
 import sys
 import warnings
 from argparse import ArgumentError
@@ -25,6 +24,7 @@ from grao_lightning.callbacks.summary import RunSummary
 from grao_lightning.checks import run_faults
 from grao_lightning.data.datamodule import PromptDataModule
 from grao_lightning.faults import Faults, UserError
+from grao_lightning.logs import configure_logging
 from grao_lightning.models import checkpoint_fault
 from grao_lightning.modules.base import AlignmentModule
 from grao_lightning.parse_errors import explain
@@ -205,12 +205,7 @@ def run(command: str) -> GRAOCommandLine:
     """
     for message in _QUIET:
         warnings.filterwarnings("ignore", message=message)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for noisy in ("httpx", "datasets", "transformers", "absl"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    logging.getLogger("huggingface_hub").propagate = False  # it prints its warnings itself
-    advertisements = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    advertisements.addFilter(lambda record: "Tip: For seamless" not in record.getMessage())
+    configure_logging()
     try:
         return GRAOCommandLine(command)
     except MisconfigurationException as error:

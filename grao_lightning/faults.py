@@ -1,6 +1,7 @@
 """Config faults: collected from every part, told together before any model loads."""
 
-from collections.abc import Iterable
+import importlib.util
+from collections.abc import Iterable, Sequence
 
 
 class UserError(ValueError):
@@ -50,3 +51,17 @@ class Faults(list[str]):
         if self:
             count = "1 fault" if len(self) == 1 else f"{len(self)} faults"
             raise UserError("\n  - ".join([f"{count} {where}:", *self]))
+
+
+def extra_fault(what: str, packages: Sequence[str], extra: str) -> str | None:
+    """Return that optional packages are missing, and how they are installed.
+
+    Args:
+        what: Needs them.
+        packages: By the names that are imported.
+        extra: Of grao-lightning, which brings them.
+    """
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if not missing:
+        return None
+    return f"{what} needs {' and '.join(missing)}: pip install 'grao-lightning[{extra}]'"

@@ -23,7 +23,9 @@ _TYPES = {
 _FORMS = {"RewardSpec": "entries such as {function: my_module.my_reward, weight: 1.0}"}
 _KEY = re.compile(r'Parser key "([\w.]+)"')
 _CLASS = re.compile(r"given class_path '([\w.]+)'")
-_UNKNOWN = re.compile(r"(?:does not accept option|Option) '([\w.]+)'")
+_UNKNOWN = re.compile(
+    r"(?:Group '(?P<group>[\w.]+)' )?(?:does not accept option|Option) '(?P<name>[\w.]+)'"
+)
 _UNKNOWN_ARGUMENT = re.compile(r"unrecognized arguments: (\S+)")
 _REQUIRED = re.compile(r"arguments are required: (?:fit\.|validate\.)?([\w.]+)")
 _EXPECTED = re.compile(r"Expected an? (<class '.*?'>|typing\.Literal\[.*?\])")
@@ -34,13 +36,19 @@ _NO_CLASS = re.compile(r"Not a valid subclass of (\w+)")
 _NO_SUBCLASS = re.compile(r"Import path ([\w.]+) does not correspond to a subclass of (\w+)")
 
 
-def explain(message: str, known: Iterable[str], arguments: list[str]) -> str:
+def explain(
+    message: str,
+    known: Iterable[str],
+    arguments: list[str],
+    example: str = "configs/quickstart.yaml",
+) -> str:
     """Return one clear sentence for an error of the argument parser.
 
     Args:
         message: As the parser gives it, often over many lines.
         known: Dotted names of all settings.
         arguments: Of the command, to find the config files.
+        example: A config that has all that must be set.
     """
     fault = _config_file_fault(arguments)
     if fault:
@@ -50,14 +58,14 @@ def explain(message: str, known: Iterable[str], arguments: list[str]) -> str:
     if owner is not None:
         known = [f"{setting}.{name}" for name in _parameters(owner)]
     if found := _UNKNOWN.search(message):
-        return unknown_setting(f"{setting}.{found[1]}" if setting else found[1], known)
+        return unknown_setting(".".join(filter(None, (setting, *found.groups()))), known)
     if found := _UNKNOWN_ARGUMENT.search(message):
         if not found[1].startswith("--"):
             return f"unexpected argument {found[1]!r}; settings are given as --name value"
         return unknown_setting(found[1][2:].partition("=")[0], known)
     if found := _REQUIRED.search(message):
         name = f"{setting}.{found[1]}" if setting else found[1]
-        return f"{name} must be set; see configs/quickstart.yaml for an example"
+        return f"{name} must be set; see {example} for an example"
     if found := _NO_SUBCLASS.search(message):
         return f"{setting}.class_path must be a subclass of {found[2]}; got {found[1]}"
     if owner is None and (found := _NO_IMPORT.search(message)):
@@ -154,7 +162,7 @@ def _config_file_fault(arguments: list[str]) -> str | None:
 
 
 def _config_files(arguments: list[str]) -> list[str]:
-    following = zip(arguments, [*arguments[1:], ""], strict=True)
+    following = zip(arguments, [*arguments[1:], ""], strict=False)
     return [value for name, value in following if name in ("-c", "--config")] + [
         name.partition("=")[2] for name in arguments if name.startswith("--config=")
     ]

@@ -1,20 +1,19 @@
 """``grao compare``: a plan -> runs -> a report."""
 
 import argparse
-import importlib.util
 import json
-import math
 import sys
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from grao_lightning.compare.plan import Plan, Run, Settings, read_plan
-from grao_lightning.faults import UserError
+from grao_lightning.faults import UserError, extra_fault
+from grao_lightning.progress import ProgressLine
 
 if TYPE_CHECKING:  # numpy, which `--help` need not wait for
     from grao_lightning.compare.report import Comparison
     from grao_lightning.compare.results import FinishedRun
+    from grao_lightning.compare.runs import Progress
 
 
 def compare_command(arguments: Sequence[str]) -> int:
@@ -35,7 +34,10 @@ def compare_command(arguments: Sequence[str]) -> int:
         "--report_only", action="store_true", help="report on what has finished, run nothing"
     )
     options = parser.parse_args(arguments)
-    _check_extra()
+    # Before anything runs, not after hours at the report.
+    fault = extra_fault("grao compare", ("matplotlib", "scipy"), "compare")
+    if fault:
+        raise UserError(fault)
     plan = read_plan(options.config, options.output, options.jobs)
     failed = {} if options.report_only else carry_out_plan(plan)
     from grao_lightning.compare.report import write_report
@@ -49,29 +51,19 @@ def compare_command(arguments: Sequence[str]) -> int:
     return 1 if failed else 0
 
 
-def _check_extra() -> None:
-    """Tell what is missing before anything runs, not after hours at the report."""
-    missing = [name for name in ("matplotlib", "scipy") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(
-            f"grao compare needs {' and '.join(missing)} for its report: pip install "
-            "'grao-lightning[compare]'"
-        )
-
-
 def carry_out_plan(plan: Plan) -> dict[str, str]:
     """Carry out every run of a plan, the sweep first; return errors by run."""
     from grao_lightning.compare.runs import carry_out
 
     plan.output.mkdir(parents=True, exist_ok=True)
     trials = [run for group in plan.trials().values() for seeds in group for run in seeds]
-    failed = carry_out(trials, plan.output, plan.jobs, _Line("sweep")) if trials else {}
+    failed = carry_out(trials, plan.output, plan.jobs, _line("sweep")) if trials else {}
     chosen = _best(swept(plan))
     rest = [run for runs in plan.table(chosen).values() for run in runs]
     for name in plan.studies:
         rest += [run for runs in plan.study(name, chosen).values() for run in runs]
     keep = plan.keep_checkpoints
-    return failed | carry_out(rest, plan.output, plan.jobs, _Line("runs"), keep_checkpoints=keep)
+    return failed | carry_out(rest, plan.output, plan.jobs, _line("runs"), keep_checkpoints=keep)
 
 
 def swept(plan: Plan) -> dict[tuple[str, str], list[tuple[Settings, float]]]:
@@ -161,24 +153,11 @@ def _minutes(plan: Plan) -> float:
     return sum(json.loads(file.read_text())["seconds"] for file in files) / 60
 
 
-class _Line:
-    """One line that says how far the runs are."""
+def _line(what: str) -> "Progress":
+    """Return what says on one line how far the runs are."""
+    line = ProgressLine(what, sys.stdout)
 
-    def __init__(self, what: str) -> None:
-        self._what = what
-        self._started = time.monotonic()
-        self._first: int | None = None
+    def write(finished: int, number: int, running: list[str]) -> None:
+        line(finished, number, ", ".join(name.rpartition("-")[0] for name in running))
 
-    def __call__(self, finished: int, number: int, running: list[str]) -> None:
-        if self._first is None:
-            self._first = finished
-        minutes = (time.monotonic() - self._started) / 60
-        done = finished - self._first
-        left = (number - finished) * minutes / done if done else math.nan
-        text = f"{self._what} {finished}/{number}, {minutes:.1f} min"
-        if done and number > finished:
-            text += f", about {left:.1f} left"
-        names = ", ".join(name.rpartition("-")[0] for name in running)
-        end = "\n" if finished == number or not sys.stdout.isatty() else ""
-        start = "\r\033[K" if sys.stdout.isatty() else ""
-        print(f"{start}{text}{': ' + names if names else ''}", end=end, flush=True)
+    return write

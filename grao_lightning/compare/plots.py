@@ -2,16 +2,14 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from grao_lightning.compare.results import Figures
-
-_DPI = 130
+from grao_lightning.pictures import new_figure, save_figure
 
 
 def draw_curves(case: str, methods: Mapping[str, Figures], file: Path) -> None:
     """Draw RAS against steps and against sampled tokens, a band from the least seed to the best."""
-    figure, axes = _axes(2, (11, 4))
+    figure, axes = new_figure(2, (11, 4))
     for axis, along in zip(axes, ("steps", "tokens"), strict=True):
         for name, one in methods.items():
             positions = one.curve[along]
@@ -35,7 +33,7 @@ def draw_curves(case: str, methods: Mapping[str, Figures], file: Path) -> None:
     axes[0].legend()
     if any(not one.sampled_tokens for one in methods.values()):
         axes[1].set_title("dotted: the end of a method that samples nothing", fontsize=9)
-    _save(figure, f"{case}: mean of the seeds, band from the least to the best", file)
+    save_figure(figure, f"{case}: mean of the seeds, band from the least to the best", file)
 
 
 def draw_shares(case: str, methods: Mapping[str, Figures], file: Path) -> bool:
@@ -43,7 +41,7 @@ def draw_shares(case: str, methods: Mapping[str, Figures], file: Path) -> bool:
     having = {name: one for name, one in methods.items() if one.shares}
     if not having:
         return False
-    figure, axes = _axes(len(having), (5.5 * len(having), 3.6))
+    figure, axes = new_figure(len(having), (5.5 * len(having), 3.6))
     for axis, (name, one) in zip(axes, having.items(), strict=True):
         for term in ("exploration", "imitation", "regularizer"):
             axis.plot(one.shares["steps"], one.shares[term], label=term, linewidth=1)
@@ -53,13 +51,13 @@ def draw_shares(case: str, methods: Mapping[str, Figures], file: Path) -> bool:
         axis.set_ylim(0, 1)
         axis.grid(alpha=0.3)
     axes[0].legend()
-    _save(figure, f"{case}: terms of the objective", file)
+    save_figure(figure, f"{case}: terms of the objective", file)
     return True
 
 
 def draw_study(name: str, entries: Mapping[str, Figures], file: Path) -> None:
     """Draw RAS of a study's entries with their intervals and, as dots, their seeds."""
-    figure, (axis,) = _axes(1, (7.5, 1.2 + 0.42 * len(entries)))
+    figure, (axis,) = new_figure(1, (7.5, 1.2 + 0.42 * len(entries)))
     labels = list(entries)[::-1]
     for row, label in enumerate(labels):
         one = entries[label]
@@ -71,24 +69,8 @@ def draw_study(name: str, entries: Mapping[str, Figures], file: Path) -> None:
     axis.set_xlim(0, 100)
     axis.set_xlabel("RAS %; line: 95 % interval, dots: seeds")
     axis.grid(alpha=0.3, axis="x")
-    _save(figure, name, file)
-
-
-def _axes(number: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:
-    # Not pyplot: it would choose a window system, and keep every figure.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size)
-    FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(1, number, squeeze=False)[0])
+    save_figure(figure, name, file)
 
 
 def _colour(methods: Mapping[str, Figures], name: str) -> str:
     return f"C{list(methods).index(name) % 10}"
-
-
-def _save(figure: Any, title: str, file: Path) -> None:
-    figure.suptitle(title)
-    figure.tight_layout()
-    figure.savefig(file, dpi=_DPI)

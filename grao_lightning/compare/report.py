@@ -12,13 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from grao_lightning.compare.analysis import Crossed
 from grao_lightning.compare.plots import draw_curves, draw_shares, draw_study
 from grao_lightning.compare.results import Figures, FinishedRun
 from grao_lightning.files import write_whole
+from grao_lightning.tables import Part, Row, markdown, percent, without_nan
 
 NUM_ANSWERS = 10
-Row = list[str]
 
 
 @dataclass
@@ -49,13 +48,13 @@ class Comparison:
 def write_report(comparison: Comparison, folder: Path) -> None:
     """Write results.json, results.csv, studies.csv, report.md, report.html and the pictures."""
     folder.mkdir(parents=True, exist_ok=True)
-    content = _without_nan(_plain(comparison))
+    content = without_nan(_plain(comparison))
     write_whole(folder / "results.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
     _write_csv(folder / "results.csv", "case", comparison.cases)
     _write_csv(folder / "studies.csv", "study", comparison.studies)
     pictures = _draw(comparison, folder)
     parts = _sections(comparison)
-    write_whole(folder / "report.md", _markdown(parts))
+    write_whole(folder / "report.md", markdown(parts))
     answers = {case: side_by_side(runs, NUM_ANSWERS) for case, runs in comparison.answers.items()}
     write_whole(folder / "report.html", _page(parts, pictures, answers))
 
@@ -78,14 +77,14 @@ def method_table(methods: Mapping[str, Figures], against: str) -> list[Row]:
     for name, one in methods.items():
         difference, p = "", ""
         if one.difference is not None:
-            difference = _signed(one.difference)
+            difference = percent(one.difference, "+")
             p = _p_value(one.p_adjusted)
         rows.append(
             [
                 name,
-                _interval(one),
+                percent(one.ras),
                 " / ".join(f"{100 * seed:.1f}" for seed in one.ras_by_seed),
-                _signed(one.nag),
+                percent(one.nag, "+"),
                 difference,
                 p,
                 _count(one.steps_to_level),
@@ -114,7 +113,7 @@ def study_table(entries: Mapping[str, Figures]) -> list[Row]:
         rows.append(
             [
                 label,
-                _interval(one),
+                percent(one.ras),
                 " / ".join(f"{100 * seed:.1f}" for seed in one.ras_by_seed),
                 f"{100 * one.nag.value:+.1f}",
                 f"{one.length:.1f}",
@@ -147,7 +146,7 @@ def side_by_side(runs: Mapping[str, FinishedRun], number: int) -> list[dict[str,
     return shown
 
 
-def _sections(comparison: Comparison) -> list[tuple[str, str, list[Row]]]:
+def _sections(comparison: Comparison) -> list[Part]:
     """Return (title, what to know, table) of each part."""
     parts = []
     for case, methods in comparison.cases.items():
@@ -194,16 +193,6 @@ def _settings(settings: Mapping[str, Any]) -> str:
     )
 
 
-def _interval(one: Figures) -> str:
-    value, low, high = (100 * part for part in one.ras[:3])
-    return f"{value:.1f} [{low:.1f}, {high:.1f}]"
-
-
-def _signed(mean: Crossed) -> str:
-    value, low, high = (100 * part for part in mean[:3])
-    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
-
-
 def _p_value(p: float | None) -> str:
     if p is None or math.isnan(p):
         return ""
@@ -234,15 +223,6 @@ def _plain(comparison: Comparison) -> dict[str, Any]:
         "failed": comparison.failed,
         "minutes_of_all_runs": comparison.minutes,
     }
-
-
-def _without_nan(content: Any) -> Any:
-    """Return content with null for NaN, which JSON has not."""
-    if isinstance(content, dict):
-        return {name: _without_nan(part) for name, part in content.items()}
-    if isinstance(content, list):
-        return [_without_nan(part) for part in content]
-    return None if isinstance(content, float) and math.isnan(content) else content
 
 
 def _write_csv(file: Path, kind: str, groups: Mapping[str, Mapping[str, Figures]]) -> None:
@@ -289,20 +269,8 @@ def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-def _markdown(parts: Sequence[tuple[str, str, list[Row]]]) -> str:
-    lines: list[str] = []
-    for title, note, (header, *rows) in parts:
-        lines += [f"### {title}", "", *([note, ""] if note else [])]
-        lines += [_row(header), "|" + "---|" * len(header), *map(_row, rows), ""]
-    return "\n".join(lines)
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
-
-
 def _page(
-    parts: Sequence[tuple[str, str, list[Row]]],
+    parts: Sequence[Part],
     pictures: Mapping[str, Path],
     answers: Mapping[str, list[dict[str, Any]]],
 ) -> str:

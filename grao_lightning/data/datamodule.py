@@ -111,11 +111,15 @@ class PromptDataModule(LightningDataModule):
             faults.add(_source_fault("data.validation", self._sources["validation"]))
         return faults
 
+    @property
+    def validates_on_train_rows(self) -> bool:
+        """Return whether both splits are the same files, which have no splits."""
+        train = self._sources["train"]
+        return self._sources["validation"] == train and _is_files(train)
+
     def setup(self, stage: str) -> None:
         """Read the rows; the train split only where it is trained on or a reward learns from it."""
-        if self._sources["validation"] == self._sources["train"] and _is_files(
-            self._sources["train"]
-        ):
+        if self.validates_on_train_rows:
             rank_zero_warn(
                 f"data.validation is data.train ({self._sources['train']}), and files have no "
                 "splits: RAS, NAG and reward will be those of training rows; name a held-out file"

@@ -67,7 +67,7 @@ def test_a_method_without_an_untrained_base_has_figures_and_a_curve_that_starts_
 
 def test_a_missing_library_is_told_before_anything_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        command.importlib.util, "find_spec", lambda name: None if name == "scipy" else object()
+        "importlib.util.find_spec", lambda name: None if name == "scipy" else object()
     )
-    with pytest.raises(UserError, match=r"needs scipy .* 'grao-lightning\[compare\]'"):
+    with pytest.raises(UserError, match=r"needs scipy: .* 'grao-lightning\[compare\]'"):
         command.compare_command(["--config", str(tmp_path / "none.yaml")])

@@ -1,0 +1,1 @@
+"""``grao judge-check``: how far scorers agree with people, and with one another."""
