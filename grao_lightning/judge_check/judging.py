@@ -13,9 +13,9 @@ import numpy as np
 from grao_lightning.data.datamodule import PromptDataModule
 from grao_lightning.data.encoding import conversation_text
 from grao_lightning.faults import UserError
-from grao_lightning.rewards.protocol import RewardFunction, RewardSpec, call_rewards
+from grao_lightning.rewards.protocol import RewardFunction, RewardSpec, call_rewards, is_pairwise
 
-Statistics = dict[str, tuple[float, float | None]]  # name -> (sum, count); no count: a total
+Statistics = dict[str, tuple[float, float | None]]  # name -> (sum, count); None: a total
 TrainPairs = tuple[list[str], list[str], list[str]]  # prompts, chosen, rejected
 NO_PAIRS: TrainPairs = ([], [], [])
 
@@ -101,8 +101,7 @@ class Judged:
     @property
     def differences(self) -> np.ndarray:
         """Return [P] > 0 where the scorer prefers the chosen answer, NaN where missing."""
-        with np.errstate(invalid="ignore"):  # infinities of one sign cannot be told apart
-            difference: np.ndarray = self.chosen - self.rejected
+        difference: np.ndarray = self.chosen - self.rejected
         return -difference if self.spec.weight < 0 else difference
 
     @property
@@ -130,7 +129,7 @@ def judge(
         progress: Called with the number of pairs done, after each batch.
     """
     missing = np.full(len(pairs), np.nan)
-    pairwise = bool(getattr(function, "pairwise", False))
+    pairwise = is_pairwise(function)
     found = Judged(
         spec,
         pairwise=pairwise,

@@ -176,9 +176,9 @@ def _accuracy_table(check: Check) -> list[Row]:
 def _position_bias(one: Judged) -> str:
     if not one.pairwise:
         return "none, by construction"  # it never sees two answers at once
-    if "position_bias" not in one.statistics:
-        return "not told"
-    return _statistic(*one.statistics["position_bias"], is_share=True)
+    # One that asks in a single order has none to tell of.
+    total, count = one.statistics.get("position_bias", (0, 0))
+    return _statistic(total, count, is_share=True) or "not told"
 
 
 def _length_table(check: Check) -> list[Row]:
@@ -219,9 +219,11 @@ def _statistics_table(judged: Sequence[Judged]) -> list[Row]:
 
 
 def _statistic(total: float, count: float | None, *, is_share: bool) -> str:
-    """Return a mean, a share with its interval, or without a count the total."""
-    if not count:
+    """Return a mean, a share with its interval, or without a count the total; else nothing."""
+    if count is None:
         return f"{total:,.6g}"
+    if count == 0:
+        return ""
     if is_share and 0 <= total <= count and float(count).is_integer():
         return f"{percent(wilson_interval(total, int(count)))} % of {count:,.0f}"
     return f"{total / count:.4g}, mean of {count:,.0f}"

@@ -65,6 +65,18 @@ class Pairwise:
         return {"position_bias": (3, 18), "failure_rate": (2, 20), "tokens": (12345, None)}
 
 
+class Silent:
+    pairwise = True
+
+    def __call__(self, verdict):
+        return verdict
+
+
+class OneOrder(Silent):
+    def statistics(self):
+        return {"position_bias": (0, 0)}
+
+
 class Learner:
     """Prefers the chosen answer where it has seen pairs enough."""
 
@@ -323,12 +335,20 @@ def test_a_terminal_shows_how_far_each_scorer_is(check, folder, monkeypatch):
     assert errors.count("\nlength: pairs") + errors.count("\n\r\033[Klength: pairs") == 1
 
 
-def test_infinite_scores_of_both_answers_tell_nothing(check, folder):
-    """They may be refused instead; no verdict is made of them."""
-    status, _, errors = check(config(scorer("infinite")))
-    judged = results(folder)["scorers"]["infinite"].get("judged", 0)
-    assert judged == 0
-    assert status == 0 or "finite" in errors
+def test_what_are_no_scores_fails_the_scorer(check, folder):
+    status, printed, errors = check(config(scorer("infinite")))
+    assert status == 1 and "must return finite scores" in errors
+    assert "judged" not in results(folder)["scorers"]["infinite"]
+    assert "Accuracy" not in printed
+    assert not (folder / "out" / "report.png").exists()
+
+
+def test_a_judge_that_measured_no_position_bias_is_told_as_one(check, folder):
+    status, printed, _ = check(config(scorer("OneOrder"), scorer("Silent")))
+    assert status == 0
+    for name in ("OneOrder", "Silent"):
+        assert re.search(rf"\| {name} +\| pairwise.* \| not told +\|", printed)
+    assert "| OneOrder | position_bias |  |" in printed
 
 
 def test_an_interruption_keeps_what_was_scored(check, folder):
