@@ -22,6 +22,7 @@ OPENAI = "https://api.openai.com/v1"
 _NO_KEY = "none"  # the client insists on one; servers without keys do not look at it
 _MAX_CONNECT_SECONDS = 10.0
 _MAX_QUOTED = 200
+_RETRIED = (408, 409, 429)  # by the client, as it does no answer and 5xx
 _HOPELESS = (401, 402, 404)  # whatever is asked next would fail alike
 _REFUSED = (
     "the request is refused: check max_tokens and temperature (null leaves one out), extra_body, "
@@ -89,9 +90,10 @@ class Answer:
 class Session:
     """Asks the questions of one batch, within one event loop.
 
-    After ``give_up_after`` questions in a row that failed for good, or one failure that every
-    question would share, the rest of the batch is not sent: a dead endpoint then costs one round of
-    retries a batch, and the next batch tries again.
+    After ``give_up_after`` questions in a row that failed after all their retries, or one failure
+    that every question would share, the rest of the batch is given up, whatever is in flight
+    included: a dead endpoint then costs one round of retries a batch, and the next batch tries
+    again. A question that is refused by itself (400, say, as too long) ends nothing.
 
     Args:
         endpoint: Without faults.
@@ -104,7 +106,8 @@ class Session:
         self._slots = asyncio.Semaphore(endpoint.concurrency)
         self._failures_in_a_row = 0
         self._has_given_up = False
-        self._num_unsent = 0
+        self._num_given_up = 0
+        self._in_flight: set[asyncio.Future[Any]] = set()
         self._client: AsyncOpenAI
 
     async def __aenter__(self) -> Session:
@@ -125,12 +128,12 @@ class Session:
 
     async def __aexit__(self, *_: object) -> None:
         await self._client.close()
-        if self._num_unsent:
+        if self._num_given_up:
             log.warning(
-                "the judge at %s fails: %d questions of this batch were not sent and are missing; "
+                "the judge at %s fails: %d questions of this batch were given up and are missing; "
                 "the next batch tries again",
-                self._endpoint.base_url,
-                self._num_unsent,
+                self.base_url,
+                self._num_given_up,
             )
 
     @property
@@ -163,18 +166,27 @@ class Session:
 
         async with self._slots:
             if self._has_given_up:
-                self._num_unsent += 1
+                self._num_given_up += 1
                 return None
+            # Raw: a body may be anything, and the client's own types do not check it.
+            create = self._client.chat.completions.with_raw_response.create
+            sent = asyncio.ensure_future(create(**request))
+            self._in_flight.add(sent)
             try:
-                # Raw: a body may be anything, and the client's own types do not check it.
-                create = self._client.chat.completions.with_raw_response.create
-                response = await create(**request)
+                response = await sent
             except openai.APIStatusError as error:
                 self._failed(error.status_code, _detail(error.body))
                 return None
             except openai.APIConnectionError as error:
                 self._failed(None, type(error).__name__)
                 return None
+            except asyncio.CancelledError:
+                if not self._has_given_up:
+                    raise
+                self._num_given_up += 1
+                return None
+            finally:
+                self._in_flight.discard(sent)
         self._failures_in_a_row = 0
         return read_answer(response.content, response.elapsed.total_seconds())
 
@@ -191,9 +203,13 @@ class Session:
         return wait
 
     def _failed(self, status: int | None, detail: str) -> None:
-        self._failures_in_a_row += 1
+        # A server that refuses one question may well answer the next.
+        was_retried = status is None or status in _RETRIED or status >= 500
+        self._failures_in_a_row = self._failures_in_a_row + 1 if was_retried else 0
         if status in _HOPELESS or self._failures_in_a_row >= self._endpoint.give_up_after:
             self._has_given_up = True
+            for sent in self._in_flight:
+                sent.cancel()
         if status is None:
             self.tell_once("no answer", f"gives none ({detail}): {_NO_ANSWER}")
         else:

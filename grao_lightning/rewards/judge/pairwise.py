@@ -72,8 +72,8 @@ class PairwiseJudge:
         max_rereads: How often the same question is asked again after an unreadable answer.
         concurrency: Requests at once, in each process.
         requests_per_minute: A limit for each process, retries included, evenly spaced; null = none.
-        give_up_after: Questions that failed for good in a row until the rest of the batch is not
-            sent.
+        give_up_after: Questions in a row that failed after all their retries until the rest of the
+            batch is given up.
         cache: File of the answers; "auto" = judge.sqlite in $GRAO_CACHE (~/.cache/grao_lightning);
             null = none. At a temperature above 0 it fixes the first answer.
 
