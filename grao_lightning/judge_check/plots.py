@@ -1,7 +1,7 @@
 """The picture of a judge check; needs matplotlib."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ def draw_check(
     agreements: Mapping[tuple[str, str], Agreement],
     guess: Estimate | None,
     file: Path,
+    seeing: Collection[str] = (),
 ) -> None:
     """Draw every scorer's accuracy, its accuracy by length, and who agrees with whom.
 
@@ -26,11 +27,16 @@ def draw_check(
         agreements: By two scorers; none where there is one scorer alone.
         guess: Accuracy of guessing by length alone.
         file: To be written.
+        seeing: Scorers whose accuracy means nothing, since they see which answer is the chosen one.
     """
     labels = list(figures)
     rows = max(3, len(labels))
     panels = 3 if agreements else 2
-    names = 0.09 * max(map(len, labels))
+    named = [
+        f"{label}{' (sees the chosen)' if label in seeing else ''}  {row}"
+        for row, label in enumerate(labels, start=1)
+    ]
+    names = 0.09 * max(map(len, named))
     figure, axes = new_figure(panels, (names + _PANEL * panels, _AROUND + _ROW * rows))
     _draw_accuracy(axes[0], list(figures.values()), guess)
     _draw_lengths(axes[1], list(figures.values()))
@@ -39,9 +45,7 @@ def draw_check(
     for axis in axes:  # a scorer has one row in all panels, and the number of its row as a column
         axis.set_ylim(len(labels) - 0.5, -0.5)
         axis.set_yticks(range(len(labels)), [""] * len(labels))
-    axes[0].set_yticks(
-        range(len(labels)), [f"{label}  {row}" for row, label in enumerate(labels, start=1)]
-    )
+    axes[0].set_yticks(range(len(labels)), named)
     for axis in axes[:2]:
         axis.legend(
             loc="upper center",

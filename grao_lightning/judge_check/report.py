@@ -19,6 +19,8 @@ from grao_lightning.metrics import Estimate, wilson_interval
 from grao_lightning.rewards.preference import length_alone
 from grao_lightning.tables import Part, Row, markdown, percent, without_nan
 
+_NO_BIAS = "none, by construction"
+
 
 @dataclass
 class Check:
@@ -28,7 +30,8 @@ class Check:
         plan: What was asked for.
         judged: What every scorer said.
         figures: By scorer; those that scored no pair are left out.
-        agreements: By two scorers of these.
+        agreements: By two scorers of these; one that sees the chosen answer would agree with
+            another as often as that one is right, and is left out.
         guess: Accuracy of guessing by length alone, learned from the train split; None without
             pairs there.
         people_prefer_longer: Share of the pairs of different length whose chosen answer is longer.
@@ -53,7 +56,8 @@ def write_report(plan: Plan, judged: list[Judged]) -> str:
     text = markdown(list(_parts(check)))
     write_whole(folder / "report.md", text)
     if check.figures:
-        draw_check(check.figures, check.agreements, check.guess, folder / "report.png")
+        seeing = {one.label for one in judged if one.sees_chosen}
+        draw_check(check.figures, check.agreements, check.guess, folder / "report.png", seeing)
     return text
 
 
@@ -70,7 +74,7 @@ def gather(plan: Plan, judged: list[Judged]) -> Check:
         },
         agreements={
             (left.label, right.label): agreement(left.differences, right.differences)
-            for left, right in combinations(scored, 2)
+            for left, right in combinations([one for one in scored if not one.sees_chosen], 2)
         },
         guess=(
             length_alone(plan.train[1:], (plan.pairs.chosen, plan.pairs.rejected))
@@ -136,7 +140,7 @@ def _caveat(check: Check) -> str:
         return ""
     return (
         f" Of no meaning is the accuracy of {', '.join(seeing)}: such a scorer reads the reference "
-        "answer, which is the chosen answer itself."
+        "answer, which is the chosen answer itself. It is left out of the agreement."
     )
 
 
@@ -175,7 +179,7 @@ def _accuracy_table(check: Check) -> list[Row]:
 
 def _position_bias(one: Judged) -> str:
     if not one.pairwise:
-        return "none, by construction"  # it never sees two answers at once
+        return _NO_BIAS  # it never sees two answers at once
     # One that asks in a single order has none to tell of.
     total, count = one.statistics.get("position_bias", (0, 0))
     return _statistic(total, count, is_share=True) or "not told"

@@ -97,6 +97,7 @@ def test_correlation_is_scipys_of_all_pairs_both_ways_round():
     assert found == pytest.approx(expected)
 
 
+@pytest.mark.filterwarnings("error")
 def test_without_differences_there_is_no_correlation():
     assert math.isnan(length_correlation(np.zeros(3), np.array([1, 2, 3])))
     assert math.isnan(length_correlation(np.ones(3), np.zeros(3)))

@@ -17,6 +17,7 @@ from grao_lightning.__main__ import main
 from grao_lightning.judge_check.command import HELP
 from grao_lightning.judge_check.settings import Settings, make_parser
 from grao_lightning.metrics import wilson_interval
+from tests.rewards.judge.scripted_server import Question, Reply, serving
 
 SCORERS = '''
 def scripted(completions, scores):
@@ -236,7 +237,9 @@ def test_a_pairwise_scorers_verdicts_are_of_the_chosen_against_the_rejected_answ
 
 def test_agreement_is_over_the_pairs_that_both_decide(finished):
     content = results(finished[0])
-    assert len(content["agreement"]) == 7 * 6 / 2
+    named = {name for part in content["agreement"] for name in part["between"]}
+    assert named == content["scorers"].keys() - {"similarity"}, "it sees the chosen answer"
+    assert len(content["agreement"]) == 6 * 5 / 2
     (one,) = (part for part in content["agreement"] if part["between"] == ["scripted", "Pairwise"])
     # decided by both: 0..10 and 11..13 tied, 14..17 tied by the other
     assert one["pairs"] == 11
@@ -251,6 +254,7 @@ def test_a_failing_scorer_costs_no_other_and_keeps_what_it_scored_before(finishe
     one = results(folder)["scorers"]["failing"]
     assert (one["pairs"], one["judged"]) == (8, 8)
     assert one["accuracy"] == estimate(0, 8)
+    assert one["error"] == "RuntimeError: out of memory | disk"
     (last,) = re.findall(r"^\| failing \| after 8 of 20 pairs \| .*", printed, re.MULTILINE)
     assert last.endswith("RuntimeError: out of memory \\| disk |")
     assert results(folder)["scorers"]["Learner"]["judged"] == 20, "it came after"
@@ -300,7 +304,7 @@ def test_the_report_is_what_was_printed_with_a_picture_beside_it(finished):
     assert (folder / "out" / "report.md").read_text() in printed
     assert (folder / "out" / "report.png").read_bytes().startswith(b"\x89PNG")
     assert "grao: without effect here: data.prompts_per_step" in errors
-    assert "\r" not in errors, "a progress line is for terminals"
+    assert "8/20" not in errors, "a progress line is for terminals"
     assert not list((folder / "out").glob("*.tmp"))
 
 
@@ -358,6 +362,46 @@ def test_an_interruption_keeps_what_was_scored(check, folder):
     assert results(folder)["scorers"]["scripted"]["judged"] == 18
     assert re.search(r"\| interrupting \| after 0 of 20 pairs \| interrupted", printed)
     assert re.search(r"\| length +\| not begun", printed)
+
+
+def test_the_language_model_judge_is_measured_through_a_server(check, folder):
+    """One that prefers the longer text, but text 1 in rows 0 to 4 and nothing readable in row 5."""
+
+    def script(question: Question) -> Reply:
+        row = int(re.search(r"prompt (\d+)", question.text)[1])
+        first, second = map(len, question.texts)
+        if row == 5:
+            return Reply("I would rather not say.")
+        return Reply(
+            "1 > 2" if row < 5 or first > second else "1 < 2" if first < second else "1 = 2"
+        )
+
+    with serving(script) as server:
+        judge = {
+            "function": "grao_lightning.rewards.judge.PairwiseJudge",
+            "arguments": {
+                "model": "m",
+                "base_url": server.base_url,
+                "api_key_variable": None,
+                "cache": None,
+                "max_rereads": 0,
+            },
+        }
+        status, printed, errors = check(config(judge, scorer("length")))
+        assert len(server.questions) == 2 * NUM_PAIRS
+    assert status == 0, errors
+    content = results(folder)
+    one = content["scorers"]["PairwiseJudge"]
+    assert (one["judged"], one["missing"]) == (19, estimate(1, 20))
+    # 5 ties by position, rows 6 to 11 won, 12 to 17 lost, 18 and 19 of equal length
+    assert one["accuracy"] == estimate(6 + (5 + 2) / 2, 19)
+    assert one["ties"] == estimate(7, 19)
+    assert one["statistics"]["position_bias"] == {"sum": 5, "count": 19}
+    assert re.search(
+        r"\| PairwiseJudge \| pairwise, verdict .* \| 26.3 \[.*\] % of 19 +\|", printed
+    )
+    (agreement,) = content["agreement"]
+    assert (agreement["pairs"], agreement["share"]["value"]) == (12, 1.0)
 
 
 # -- faults ----------------------------------------------------------------------------------------
