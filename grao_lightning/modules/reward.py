@@ -224,7 +224,7 @@ class RewardModule(StepModule):
 
     def _by_length_alone(self) -> Estimate | None:
         """Return the pair accuracy of a guess by length, learned on the train pairs."""
-        data = getattr(self.trainer, "datamodule", None)
+        data: Any = getattr(self.trainer, "datamodule", None)
         if self._length_alone is None and hasattr(data, "preference_pairs"):
             _, *train = data.preference_pairs("train")
             _, *held_out = data.preference_pairs("validation")
