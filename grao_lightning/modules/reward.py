@@ -163,7 +163,10 @@ class RewardModule(StepModule):
         """Return row numbers by forward pass, a pair's chosen and rejected answer side by side."""
         half = len(rows) // 2
         room = with_room(rows) if shares_prompts(self.reward_model) else rows
-        units = [(number, half + number) for number in range(half)]
+        # By falling length: where rows are padded, little is.
+        longest = [max(len(rows[number]), len(rows[half + number])) for number in range(half)]
+        order = sorted(range(half), key=lambda number: -longest[number])
+        units = [(number, half + number) for number in order]
         parts = split_together(self.reward_model, room, units, self.micro_batch_tokens)
         return [part.numbers for part in parts]
 
