@@ -1,5 +1,6 @@
 """Where policies and tokenizers come from: a hub name, a folder, a GGUF file, or embedded."""
 
+import logging
 import sys
 import zipfile
 from pathlib import Path
@@ -102,9 +103,16 @@ def load_classifier(setting: str, source: str, **options: Any) -> tuple[Any, lis
     from transformers import AutoModelForSequenceClassification
 
     options.setdefault("dtype", torch.float32)
-    model, report = _load(
-        setting, source, AutoModelForSequenceClassification, output_loading_info=True, **options
-    )
+    # What is missing is returned: the report on it would be noise where a head is to be trained.
+    reporter = logging.getLogger("transformers.modeling_utils")
+    level = reporter.level
+    reporter.setLevel(logging.ERROR)
+    try:
+        model, report = _load(
+            setting, source, AutoModelForSequenceClassification, output_loading_info=True, **options
+        )
+    finally:
+        reporter.setLevel(level)
     return _plain(source, model), sorted(report["missing_keys"])
 
 

@@ -28,6 +28,7 @@ def tiny_encoder_folder(folder: Path, **options: Any) -> str:
         unk_token="[UNK]",
         cls_token="[CLS]",
         sep_token="[SEP]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     )
     sizes = {
         "vocab_size": len(words),

@@ -299,7 +299,7 @@ def test_rows_that_are_no_pairs_or_have_no_margin_are_refused(tmp_path):
     with pytest.raises(UserError, match="a reward model; 9 of 9 rows have none"):
         trainer(tmp_path, callbacks=stages()).fit(reward(), datamodule=data_of(lone))
     module = reward(margin_column="lead")
-    with pytest.raises(UserError, match="row 1 of data.train must have a number"):
+    with pytest.raises(UserError, match=r"row 1 of data\.train must have a number"):
         trainer(tmp_path, callbacks=stages()).fit(module, datamodule=data_of(examples(lead="x")))
 
 
