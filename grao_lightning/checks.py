@@ -87,7 +87,8 @@ def _stage_faults(trainer: Trainer, module: Any) -> Faults:
         )
     for callback in found:
         if isinstance(callback, ReferenceAwareClipping):
-            faults.add(*callback.faults(module.reference_model_source is not None))
+            drifts = not module.samples or module.reference_model_source is not None
+            faults.add(*callback.faults(drifts))
         elif module.samples:  # else it has no part in the run
             faults.add(*callback.faults())
     return faults
@@ -97,6 +98,11 @@ def _clipping_faults(trainer: Trainer, module: Any) -> Faults:
     faults = Faults()
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     for clipping in (part for part in callbacks if isinstance(part, ReferenceAwareClipping)):
+        if clipping.drift_target is not None and not module.samples:
+            faults.add(
+                f"clipping.drift_target must be null with {type(module).__name__}, which has no "
+                f"reference model to drift from; got {clipping.drift_target}: remove it"
+            )
         if module.needs_reference_logprobs and clipping.drift_every != 1:
             faults.add(
                 f"model.kl_weight needs clipping.drift_every=1; got {clipping.drift_every}: remove "

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from grao_lightning.batch import PromptBatch, TokenRow
@@ -131,6 +132,15 @@ class RewardModule(StepModule):
                     part.p = 0.0
         if self.gradient_checkpointing:
             self.reward_model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def on_fit_start(self) -> None:
+        """Put the model in training mode, and say what has no effect."""
+        super().on_fit_start()
+        if any(getattr(part, "rewards", None) for part in self.trainer.callbacks):  # type: ignore[attr-defined]
+            rank_zero_warn(
+                "scoring.rewards has no effect on RewardModule, which learns from the data's pairs "
+                "alone; remove it"
+            )
 
     # -- one step ----------------------------------------------------------------------------------
 

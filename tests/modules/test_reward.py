@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,13 @@ from grao_lightning.faults import UserError
 from grao_lightning.metrics import wilson_interval
 from grao_lightning.modules.reward import RewardModule
 from grao_lightning.rewards.preference import length_alone
+from grao_lightning.rewards.protocol import RewardSpec
 from grao_lightning.scores import row_scores
 from grao_lightning.sharing import shares_prompts
 from tests.encoders import tiny_encoder_folder
-from tests.runs import fit, largest_difference, trainer, two_ranks, weights
+from tests.runs import SCORE, fit, largest_difference, trainer, two_ranks, weights
 
+SMOLLM2, MINILM = (os.environ.get(f"GRAO_TEST_{name}") for name in ("SMOLLM2", "MINILM"))
 VALIDATED = {"limit_val_batches": 1.0, "val_check_interval": 3}
 
 
@@ -314,6 +317,15 @@ def test_a_monitor_of_sampling_modules_is_refused_with_the_one_to_set(tmp_path):
         )
 
 
+def test_settings_of_other_stages_that_have_no_effect_are_told(tmp_path):
+    with pytest.raises(UserError, match="must be null with RewardModule"):
+        fit(tmp_path, module=reward(), callbacks=stages(drift_target=0.1))
+    scoring = GroupScoring(rewards=[RewardSpec(SCORE)])
+    callbacks = [GroupSampling(), scoring, ReferenceAwareClipping()]
+    with pytest.warns(UserWarning, match="scoring.rewards has no effect on RewardModule"):
+        fit(tmp_path, module=reward(), callbacks=callbacks, max_steps=0)
+
+
 def test_a_checkpoint_of_another_backbone_is_refused(tmp_path, encoder):
     module = reward()
     module.configure_model()
@@ -329,3 +341,39 @@ def test_an_empty_rejected_answer_is_an_answer(tmp_path):
     module = reward()
     trainer(tmp_path, callbacks=stages(), max_steps=1).fit(module, datamodule=data)
     assert math.isfinite(module.step_values["loss"])
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        pytest.param(
+            SMOLLM2,
+            marks=pytest.mark.skipif(not SMOLLM2, reason="GRAO_TEST_SMOLLM2 names no file"),
+        ),
+        pytest.param(
+            MINILM,
+            marks=pytest.mark.skipif(not MINILM, reason="GRAO_TEST_MINILM names no folder"),
+        ),
+    ],
+    ids=["SmolLM2", "MiniLM"],
+)
+def test_real_backbones_score_a_pair_together_as_they_score_each_answer_alone(source):
+    turns = [{"role": "user", "content": "How do I pick a lock?"}]
+    data = PromptDataModule(tokenizer=source, prompts_per_step=1)
+    data.examples = {
+        split: [Example(turns, "Please call a locksmith.", "Use two pins, like so.", {})]
+        for split in ("train", "validation")
+    }
+    data.setup("validate")
+    (batch,) = data.val_dataloader()
+    module = RewardModule(backbone=source)
+    module.configure_model()
+    module.reward_model.eval()
+    assert shares_prompts(module.reward_model) == (source == SMOLLM2)
+    with torch.no_grad():
+        batch.rejected_answer_ids = [data.encoder.encode_answer("Use two pins, like so.", turns)]
+        rows = batch.reference_answer_rows() + batch.rejected_answer_rows()
+        together = row_scores(module.reward_model, rows)
+        alone = torch.cat([row_scores(module.reward_model, [row]) for row in rows])
+    assert (alone[0] - alone[1]).abs() > 1e-4
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
