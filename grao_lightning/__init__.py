@@ -15,12 +15,15 @@ _PUBLIC = {
     "PPOModule": "grao_lightning.modules.ppo",
     "DPOModule": "grao_lightning.modules.dpo",
     "SFTModule": "grao_lightning.modules.sft",
+    "RewardModule": "grao_lightning.modules.reward",
     "PromptDataModule": "grao_lightning.data.datamodule",
+    "RewardModel": "grao_lightning.rewards.model",
     "GroupSampling": "grao_lightning.callbacks.sampling",
     "GroupScoring": "grao_lightning.callbacks.scoring",
     "ReferenceAwareClipping": "grao_lightning.callbacks.clipping",
     "group_advantages": "grao_lightning.advantages",
     "grao_objective": "grao_lightning.objectives.grao",
+    "bradley_terry_loss": "grao_lightning.objectives.bradley_terry",
 }
 __all__ = [*_PUBLIC, "__version__"]
 

@@ -1,6 +1,7 @@
 """What must hold of a run as a whole; told together, before any model loads."""
 
 import difflib
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
@@ -8,10 +9,11 @@ from lightning.pytorch import Callback, Trainer
 from grao_lightning.callbacks.clipping import ReferenceAwareClipping
 from grao_lightning.callbacks.sampling import GroupSampling
 from grao_lightning.callbacks.scoring import GroupScoring
-from grao_lightning.faults import Faults
+from grao_lightning.faults import Faults, UserError
 
 _STAGES = (GroupSampling, GroupScoring, ReferenceAwareClipping)
 _WHOLE = ("32-true", "64-true")
+_MONITORS = ("val/ras", "val/accuracy")  # of modules that sample, and of reward models
 
 
 def check_run(trainer: Trainer, module: Any, data: Any) -> None:
@@ -36,7 +38,7 @@ def run_faults(trainer: Trainer, module: Any, data: Any, command: str | None) ->
     faults.add(*module.faults())
     if hasattr(data, "faults"):
         faults.add(*data.faults(trainer.world_size))
-    faults.add(*_stage_faults(trainer, module.reference_model_source is not None))
+    faults.add(*_stage_faults(trainer, module))
     faults.add(*_trainer_faults(trainer, command))
     faults.add(*_clipping_faults(trainer, module))
     faults.add(*_precision_faults(trainer, module))
@@ -44,7 +46,29 @@ def run_faults(trainer: Trainer, module: Any, data: Any, command: str | None) ->
     return faults
 
 
-def _stage_faults(trainer: Trainer, has_reference_model: bool) -> Faults:
+def check_pairs(data: Any, splits: Sequence[str], who: str) -> None:
+    """Check that every row has a rejected answer.
+
+    Args:
+        data: A `PromptDataModule`; anything else is taken as it is.
+        splits: That are read.
+        who: Needs pairs, for the message.
+
+    Raises:
+        UserError: A row has none.
+    """
+    for split in splits:
+        rows = getattr(data, "examples", {}).get(split, ())
+        missing = sum(row.rejected_answer is None for row in rows)
+        if missing:
+            raise UserError(
+                f"data.{split} must have a rejected answer in every row for {who}; {missing} of "
+                f"{len(rows)} rows have none: use preference data, or name its columns with "
+                "data.rename"
+            )
+
+
+def _stage_faults(trainer: Trainer, module: Any) -> Faults:
     faults = Faults()
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     found = [callback for callback in callbacks if isinstance(callback, _STAGES)]
@@ -63,8 +87,9 @@ def _stage_faults(trainer: Trainer, has_reference_model: bool) -> Faults:
         )
     for callback in found:
         if isinstance(callback, ReferenceAwareClipping):
-            faults.add(*callback.faults(has_reference_model))
-        else:
+            drifts = not module.samples or module.reference_model_source is not None
+            faults.add(*callback.faults(drifts))
+        elif module.samples:  # else it has no part in the run
             faults.add(*callback.faults())
     return faults
 
@@ -73,6 +98,11 @@ def _clipping_faults(trainer: Trainer, module: Any) -> Faults:
     faults = Faults()
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     for clipping in (part for part in callbacks if isinstance(part, ReferenceAwareClipping)):
+        if clipping.drift_target is not None and not module.samples:
+            faults.add(
+                f"clipping.drift_target must be null with {type(module).__name__}, which has no "
+                f"reference model to drift from; got {clipping.drift_target}: remove it"
+            )
         if module.needs_reference_logprobs and clipping.drift_every != 1:
             faults.add(
                 f"model.kl_weight needs clipping.drift_every=1; got {clipping.drift_every}: remove "
@@ -130,6 +160,11 @@ def _monitor_faults(trainer: Trainer, module: Any) -> Faults:
     for callback in trainer.checkpoint_callbacks:
         monitor = getattr(callback, "monitor", None)
         close = difflib.get_close_matches(monitor or "", known, n=1)
-        if close and monitor not in known:  # a figure unlike ours may be logged by the user
+        if monitor in _MONITORS and monitor not in known:
+            faults.add(
+                f"best_checkpoint.monitor must be a figure of {type(module).__name__}; got "
+                f"{monitor}: set it to {_MONITORS[not module.samples]}"
+            )
+        elif close and monitor not in known:  # a figure unlike ours may be logged by the user
             faults.add(f"checkpoint monitor {monitor!r} is not logged; did you mean {close[0]}?")
     return faults

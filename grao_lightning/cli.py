@@ -26,7 +26,7 @@ from grao_lightning.data.datamodule import PromptDataModule
 from grao_lightning.faults import Faults, UserError
 from grao_lightning.logs import configure_logging
 from grao_lightning.models import checkpoint_fault
-from grao_lightning.modules.base import AlignmentModule
+from grao_lightning.modules.step import StepModule
 from grao_lightning.parse_errors import explain
 
 _QUIET = (
@@ -52,7 +52,7 @@ class GRAOCommandLine(LightningCLI):
     def __init__(self, command: str) -> None:
         self._command = command
         super().__init__(
-            AlignmentModule,
+            StepModule,
             PromptDataModule,
             subclass_mode_model=True,
             auto_configure_optimizers=False,  # the module's own settings make its optimiser
@@ -123,7 +123,7 @@ class GRAOCommandLine(LightningCLI):
                 "last_checkpoint.enable_version_counter": False,
             }
         )
-        parser.link_arguments("model.init_args.policy", "data.tokenizer")
+        parser.link_arguments("model", "data.tokenizer", compute_fn=_tokenizer_source)
 
     def _parse_ckpt_path(self) -> None:
         """Leave the command line in charge: LightningCLI would let a checkpoint's settings win."""
@@ -192,6 +192,12 @@ class GRAOCommandLine(LightningCLI):
         self.trainer.save_checkpoint(Path(last.dirpath) / "last.ckpt")
         if not self._summary.is_current(self.trainer):
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+
+
+def _tokenizer_source(model: dict[str, Any]) -> Any:
+    """Return the source of the trained model, whose tokenizer encodes the data."""
+    settings = model["init_args"]
+    return settings.get("policy", settings.get("backbone"))
 
 
 def run(command: str) -> GRAOCommandLine:

@@ -1,5 +1,6 @@
 """Where policies and tokenizers come from: a hub name, a folder, a GGUF file, or embedded."""
 
+import logging
 import sys
 import zipfile
 from pathlib import Path
@@ -80,7 +81,42 @@ def load_model(setting: str, source: str, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     options.setdefault("dtype", torch.float32)
-    model = _load(setting, source, AutoModelForCausalLM, **options)
+    return _plain(source, _load(setting, source, AutoModelForCausalLM, **options))
+
+
+def load_classifier(setting: str, source: str, **options: Any) -> tuple[Any, list[str]]:
+    """Return a Hugging Face sequence classification model in float32, and what it had to make up.
+
+    Args:
+        setting: Name of the setting, for messages.
+        source: Hub name, folder, ``.gguf`` file or ``embedded:keywords``.
+        options: For ``from_pretrained``, such as ``num_labels``.
+
+    Returns:
+        The model, and the names of the weights that its source does not have and that are random:
+        none for a trained one.
+
+    Raises:
+        UserError: It cannot be loaded.
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    options.setdefault("dtype", torch.float32)
+    # What is missing is returned: the report on it would be noise where a head is to be trained.
+    reporter = logging.getLogger("transformers.modeling_utils")
+    level = reporter.level
+    reporter.setLevel(logging.ERROR)
+    try:
+        model, report = _load(
+            setting, source, AutoModelForSequenceClassification, output_loading_info=True, **options
+        )
+    finally:
+        reporter.setLevel(level)
+    return _plain(source, model), sorted(report["missing_keys"])
+
+
+def _plain(source: str, model: Any) -> Any:
     # Weights read from GGUF are plain floats by now; the note would make them unsaveable.
     if source.endswith(".gguf") and hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -92,12 +128,13 @@ def load_tokenizer(setting: str, source: str) -> Any:
     """Return the tokenizer of a source of `load_model`.
 
     Raises:
-        UserError: It cannot be loaded, or has no end-of-sequence token.
+        UserError: It cannot be loaded, or has neither an end-of-sequence token nor, as encoders
+            have, one that starts a text.
     """
     from transformers import AutoTokenizer
 
     tokenizer = _load(setting, source, AutoTokenizer)
-    if tokenizer.eos_token_id is None:
+    if tokenizer.eos_token_id is None and tokenizer.cls_token_id is None:
         raise UserError(
             f"{setting}: the tokenizer of {source} has no end-of-sequence token; set it"
         )

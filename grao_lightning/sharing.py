@@ -18,13 +18,20 @@ def shares_prompts(model: Any) -> bool:
     return bool(getattr(model.config, "_attn_implementation", None) == SHARED)
 
 
-def share_prompts(model: Any) -> bool:
+def share_prompts(model: Any, *, gives_tokens: bool = True) -> bool:
     """Switch on shared prompts where the model's attention allows it, and return whether it did.
 
     What the configuration does not tell is found by trial: a small pack must give the states of
     its rows one by one. A model that fails keeps its own attention, and the log says why.
+
+    Args:
+        model: A Hugging Face model with a decoder.
+        gives_tokens: Whether it is a language model, whose head must be known; else the head is
+            for the caller to know.
     """
     reason = _obstacle(model)
+    if reason is None and gives_tokens and head_of(model) is None:
+        reason = "it turns states into logits in an unknown way"
     if reason is None:
         own = model.config._attn_implementation
         register()
@@ -37,7 +44,7 @@ def share_prompts(model: Any) -> bool:
             model.set_attn_implementation(own)
     if reason is not None:
         log.warning(
-            "%s cannot share prompts, since %s: every completion reads its own copy, which is "
+            "%s cannot share prompts, since %s: every answer reads its own copy, which is "
             "exact but slower",
             type(model).__name__,
             reason,
@@ -56,8 +63,6 @@ def _obstacle(model: Any) -> str | None:
         return "it caps its attention scores"
     if getattr(config, "attention_dropout", 0.0):
         return "it drops out attention"
-    if head_of(model) is None:
-        return "it turns states into logits in an unknown way"
     if model.config._attn_implementation not in ("sdpa", "eager"):
         return f"attn_implementation={model.config._attn_implementation} was asked for"
     return None

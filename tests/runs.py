@@ -74,8 +74,9 @@ def fit(
 
 
 def weights(module: Any) -> dict[str, torch.Tensor]:
-    """Return a copy of the policy's weights."""
-    return {name: value.detach().clone() for name, value in module.policy.state_dict().items()}
+    """Return a copy of the trained model's weights."""
+    model = module.policy if module.samples else module.reward_model
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
 def largest_difference(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:

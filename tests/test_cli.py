@@ -232,6 +232,103 @@ def test_an_exported_policy_is_the_checkpoints_and_validates_alike(grao, quickst
     assert found[0] == found[1] != found[2]
 
 
+REWARD = {
+    "model": {
+        "class_path": "grao_lightning.RewardModule",
+        "init_args": {"backbone": "embedded:keywords", "learning_rate": 3e-3},
+    },
+    "data": {"prompts_per_step": 4, "validation_prompts": 9},
+    "best_checkpoint": {"monitor": "val/accuracy"},
+    "last_checkpoint": {"dirpath": "saved"},
+    "trainer": {"accelerator": "cpu", "max_steps": 4, "val_check_interval": 2},
+}
+
+
+def test_a_reward_model_is_trained_exported_and_serves_as_a_reward(grao, quickstart):
+    """One command each; the exported folder gives the checkpoint's scores, also in plain code."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from grao_lightning import PromptDataModule, RewardModel, RewardModule
+    from grao_lightning.scores import row_scores
+
+    Path("reward.yaml").write_text(yaml.safe_dump(REWARD))
+    status, text, errors = grao("fit", "--config", "reward.yaml")
+    assert status == 0, errors
+    assert "step 4/4 | loss " in text and "| accuracy " in text
+    for row in ("accuracy %", "by length alone %", "calibration error %", "confidence %"):
+        assert f"\n{row} " in text
+    folder = Path("runs/version_0")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["steps"] == summary["validated_step"] == 4
+    assert 0 <= summary["accuracy"]["low"] <= summary["accuracy"]["high"] <= 1
+    assert sum(part["number"] for part in summary["reliability"]) == 9
+    assert (folder / "checkpoints/best.ckpt").is_file()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tags = EventAccumulator(str(folder)).Reload().Tags()
+    expected = {"train/loss", "val/accuracy", "val/accuracy_low", "val/length_correlation"}
+    assert expected <= set(tags["scalars"]) and "val/reliability/text_summary" in tags["tensors"]
+
+    arguments = ("--ckpt_path", "saved/last.ckpt", "--output", "my-reward")
+    assert grao("export", *arguments)[:2] == (0, "written: my-reward\n")
+    module = RewardModule(backbone="embedded:keywords")
+    module.configure_model()
+    saved = torch.load("saved/last.ckpt", weights_only=True)["state_dict"]
+    module.load_state_dict(saved)
+    module.eval()
+    data = PromptDataModule(validation_prompts=9)
+    data.setup("validate")
+    (batch,) = data.val_dataloader()
+    with torch.no_grad():
+        rows = batch.reference_answer_rows()
+        expected = row_scores(module.reward_model, rows)[:, 0].tolist()
+        plain = AutoModelForSequenceClassification.from_pretrained("my-reward").eval()
+        inputs = {"input_ids": [row.prompt_ids + row.answer_ids for row in rows]}
+        tokenizer = AutoTokenizer.from_pretrained("my-reward")
+        padded = tokenizer.pad(inputs, return_tensors="pt")
+        by_hand = plain(padded["input_ids"], attention_mask=padded["attention_mask"]).logits[:, 0]
+    assert torch.tensor(expected).std() > 1e-3
+    assert by_hand.tolist() == pytest.approx(expected, abs=1e-5)
+    reward = RewardModel("my-reward")
+    found = reward(prompts=batch.prompts, completions=batch.reference_answers)
+    assert found == pytest.approx(expected, abs=1e-5)
+
+    rewards = [{"function": "grao_lightning.RewardModel", "arguments": {"model": "my-reward"}}]
+    aligned = changed(quickstart, {**SMALL, "scoring.rewards": rewards})
+    Path("aligned.yaml").write_text(yaml.safe_dump(aligned))
+    status, text, errors = grao("fit", "--config", "aligned.yaml")
+    assert status == 0, errors
+    summary = json.loads(Path("runs/version_1/summary.json").read_text())
+    held_out = PromptDataModule(validation_prompts=8)
+    held_out.setup("validate")
+    (batch,) = held_out.val_dataloader()
+    scores = reward(prompts=batch.prompts, completions=batch.reference_answers)
+    mean = sum(scores) / len(scores)
+    assert summary["reference_answer_reward"]["value"] == pytest.approx(mean, abs=1e-5)
+
+
+def test_a_module_that_samples_still_needs_a_reward(grao, quickstart, no_model):
+    Path("config.yaml").write_text(yaml.safe_dump(changed(quickstart, {"scoring": {}})))
+    status, _, errors = grao("fit", "--config", "config.yaml")
+    assert "scoring.rewards must name at least one reward function" in one_error(status, errors)
+
+
+def test_a_decoder_is_exported_with_a_padding_token_that_ends_no_answer(tmp_path):
+    from types import SimpleNamespace
+
+    from grao_lightning.embedded.base import keyword_tokenizer
+    from grao_lightning.export import _give_padding
+
+    tokenizer = keyword_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    config = SimpleNamespace(vocab_size=len(tokenizer), pad_token_id=tokenizer.eos_token_id)
+    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config))
+    _give_padding(model, tokenizer)
+    assert config.pad_token_id == tokenizer.pad_token_id
+    assert tokenizer.pad_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id)
+    assert tokenizer.pad_token_id in tokenizer.all_special_ids
+
+
 # -- mistakes in the config ------------------------------------------------------------------------
 
 

@@ -39,11 +39,13 @@ class ValidationAnswers(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Take in a batch."""
+        if not pl_module.samples:
+            return
         self._rows += answer_rows(batch)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Write the rows, whole or not at all."""
-        if trainer.sanity_checking:
+        if trainer.sanity_checking or not pl_module.samples:
             return
         rank = f".rank{trainer.global_rank}" if trainer.global_rank else ""
         lines = "".join(json.dumps(row) + "\n" for row in self._rows)

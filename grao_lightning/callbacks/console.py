@@ -14,6 +14,8 @@ from grao_lightning.sampling.draw import Progress
 # column: name of the step's value, its format
 _COLUMNS = {
     "loss": ("loss", "{:.3f}"),
+    "accuracy": ("accuracy", "{:.0%}"),
+    "margin": ("margin", "{:+.3f}"),
     "reward": ("reward", "{:.3f}"),
     "ras": ("ras", "{:.0%}"),
     "drift": ("kl", "{:.4f}"),

@@ -1,6 +1,7 @@
 """TensorBoard beyond scalars: the page of the objective's terms, and completions to read."""
 
 import html
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from grao_lightning.batch import PromptBatch
+from grao_lightning.reward_metrics import ReliabilityBin
 
 _TERMS = ("exploration", "imitation", "regularizer")
 _LAYOUT = {
@@ -23,10 +25,18 @@ _LAYOUT = {
         ],
     }
 }
+_PAIR_LAYOUT = {
+    "Reward model": {
+        "accuracy": ["Margin", ["val/accuracy", "val/accuracy_low", "val/accuracy_high"]],
+        "loss": ["Multiline", ["train/loss", "val/loss$"]],
+        "margin": ["Margin", ["val/margin", "val/margin_low", "val/margin_high"]],
+    }
+}
 
 
 class TensorBoardPanels(Callback):
-    """Writes the custom-scalar page and a text panel of prompts with their completions.
+    """Writes the custom-scalar page and text panels: of prompts with their completions, or, for a
+    reward model, of its reliability curve.
 
     Args:
         every_n_steps: Steps between two text panels in training; 0 = none.
@@ -41,7 +51,7 @@ class TensorBoardPanels(Callback):
         """Write the layout of the custom-scalar page."""
         writer = _writer(trainer)
         if writer is not None:
-            writer.add_custom_scalars(_LAYOUT)
+            writer.add_custom_scalars(_LAYOUT if pl_module.samples else _PAIR_LAYOUT)
 
     def on_train_batch_end(
         self,
@@ -66,6 +76,13 @@ class TensorBoardPanels(Callback):
     ) -> None:
         """Write the first validation prompts with the answers of the policy and of the base."""
         self._write(trainer, "val/completions", batch, batch_idx == 0)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Write a reward model's reliability curve."""
+        writer = _writer(trainer)
+        if writer is not None and not pl_module.samples and not trainer.sanity_checking:
+            table = reliability_table(pl_module.reliability)
+            writer.add_text("val/reliability", table, trainer.global_step)
 
     def _write(self, trainer: Trainer, tag: str, batch: PromptBatch, due: bool) -> None:
         writer = _writer(trainer)
@@ -98,6 +115,19 @@ def completion_table(batch: PromptBatch, num_prompts: int) -> str:
             lines.append(f"| untrained base | {reward:.3f} | | {_cell(text)} |")
         parts.append(f"**prompt** {_cell(batch.prompts[number])}\n\n" + "\n".join(lines))
     return "\n\n---\n\n".join(parts)
+
+
+def reliability_table(curve: Sequence[ReliabilityBin]) -> str:
+    """Return Markdown: how often the model is right where it is how sure.
+
+    Args:
+        curve: Pairs by the confidence of the model.
+    """
+    lines = ["| confidence | right | 95 % interval | pairs |", "|---|---|---|---|"]
+    for part in curve:
+        right, low, high = (f"{figure:.1%}" for figure in part.accuracy)
+        lines.append(f"| {part.confidence:.1%} | {right} | {low} to {high} | {part.number} |")
+    return "\n".join(lines)
 
 
 def _cell(text: str) -> str:

@@ -101,6 +101,8 @@ class GroupSampling(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Sample one completion of every prompt from the policy and, once, from the base."""
+        if not pl_module.samples:
+            return
         with phase(trainer, batch, "sample"):
             uniforms = self._uniforms(batch, "validation", 0, 1)
             batch.completions = self._sample(trainer, pl_module, pl_module.policy, batch, uniforms)

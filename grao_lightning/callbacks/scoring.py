@@ -44,7 +44,7 @@ class GroupScoring(Callback):
     left out of the group's statistics, never counted as 0.
 
     Args:
-        rewards: The reward functions and their weights.
+        rewards: The reward functions and their weights; needed by every module that samples.
         judges: Reward functions that score in validation instead of ``rewards``, so that a policy
             is not measured by what it was trained to please; null = the rewards judge too.
         comparison: What advantages are made of. "pairwise": +1, 0 or -1 for a completion better
@@ -66,7 +66,7 @@ class GroupScoring(Callback):
 
     def __init__(
         self,
-        rewards: list[RewardSpec],
+        rewards: list[RewardSpec] | None = None,
         comparison: Comparison = "pairwise",
         tie_tolerance: float = 0.0,
         statistics: GroupStatistics | None = None,
@@ -76,7 +76,7 @@ class GroupScoring(Callback):
         max_missing: float = 0.5,
         missing_window: int = 10,
     ) -> None:
-        self.rewards = rewards
+        self.rewards = rewards or []
         self.judges = judges
         self.comparison = comparison
         self.tie_tolerance = tie_tolerance
@@ -127,6 +127,8 @@ class GroupScoring(Callback):
         Raises:
             UserError: A function asks for a column that is not there, or cannot learn.
         """
+        if not pl_module.samples:
+            return
         examples = getattr(getattr(trainer, "datamodule", None), "examples", {})
         for split, rows in examples.items():
             columns = {name for row in rows for name in row.columns}
@@ -190,6 +192,8 @@ class GroupScoring(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Compare the policy's completions with the reference answers and with the base's."""
+        if not pl_module.samples:
+            return
         with phase(trainer, batch, "score"):
             assert batch.completions is not None, "GroupSampling has not filled batch.completions"
             self._score(batch, batch.completions, self._judges)

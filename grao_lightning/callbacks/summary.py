@@ -1,8 +1,10 @@
 """What a run leaves: a table on the console and ``summary.json`` in its folder."""
 
 import json
+import math
 import resource
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from grao_lightning.callbacks.scoring import GroupScoring
 from grao_lightning.files import write_whole
 from grao_lightning.metrics import Estimate
 from grao_lightning.randomness import run_seed
+from grao_lightning.reward_metrics import ReliabilityBin
 
 # row of the table: metric, factor, format
 _ROWS = {
@@ -21,6 +24,14 @@ _ROWS = {
     "reward": ("reward", 1, "{:.3f}"),
     "length (tokens)": ("length", 1, "{:.1f}"),
     "cut off %": ("clipped_ratio", 100, "{:.1f}"),
+}
+_PAIR_ROWS = {
+    "accuracy %": ("accuracy", 100, "{:.1f}"),
+    "by length alone %": ("length_alone_accuracy", 100, "{:.1f}"),
+    "loss (nats)": ("loss", 1, "{:.3f}"),
+    "margin (log-odds)": ("margin", 1, "{:+.3f}"),
+    "calibration error %": ("calibration_error", 100, "{:.1f}"),
+    "length correlation": ("length_correlation", 1, "{:+.2f}"),
 }
 
 
@@ -70,7 +81,10 @@ class RunSummary(Callback):
 
     def _print(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero:
-            print(summary_table(pl_module.estimates, pl_module.ties_as, pl_module.gain))
+            if pl_module.samples:
+                print(summary_table(pl_module.estimates, pl_module.ties_as, pl_module.gain))
+            else:
+                print(pair_table(pl_module.estimates, pl_module.reliability))
             print(f"written: {self._folder}", flush=True)
 
     def _write(self, trainer: Trainer, pl_module: Any) -> None:
@@ -78,14 +92,10 @@ class RunSummary(Callback):
         path = self._folder / "summary.json"
         if not trainer.is_global_zero:
             return
-        scorers = [c for c in trainer.callbacks if isinstance(c, GroupScoring)]  # type: ignore[attr-defined]
+        own = _of_alignment(trainer, pl_module) if pl_module.samples else _of_pairs(pl_module)
         summary = {
             **{name: value._asdict() for name, value in pl_module.estimates.items()},
-            "ties_as": pl_module.ties_as,
-            "nag_kind": pl_module.gain,
-            "held_out_accuracy": {
-                name: value._asdict() for name, value in scorers[0].held_out_accuracy.items()
-            },
+            **own,
             "validated_step": self._validated_step,
             "steps": trainer.global_step,
             "sampled_tokens": pl_module.num_sampled_tokens,
@@ -99,6 +109,24 @@ class RunSummary(Callback):
             "config": self.config,
         }
         write_whole(path, json.dumps(summary, indent=2, default=str) + "\n")
+
+
+def _of_alignment(trainer: Trainer, pl_module: Any) -> dict[str, Any]:
+    scorers = [c for c in trainer.callbacks if isinstance(c, GroupScoring)]  # type: ignore[attr-defined]
+    held_out = scorers[0].held_out_accuracy
+    return {
+        "ties_as": pl_module.ties_as,
+        "nag_kind": pl_module.gain,
+        "held_out_accuracy": {name: value._asdict() for name, value in held_out.items()},
+    }
+
+
+def _of_pairs(pl_module: Any) -> dict[str, Any]:
+    curve = [
+        {"confidence": part.confidence, **part.accuracy._asdict(), "number": part.number}
+        for part in pl_module.reliability
+    ]
+    return {"reliability": curve}
 
 
 def summary_table(estimates: dict[str, Estimate], ties_as: str, gain: str) -> str:
@@ -127,6 +155,32 @@ def summary_table(estimates: dict[str, Estimate], ties_as: str, gain: str) -> st
     }
     lines += [
         f"RAS: wins over the reference answer, ties count as {ties_as}. NAG: {meaning[gain]}."
+    ]
+    return "\n".join([*lines, ""])
+
+
+def pair_table(estimates: dict[str, Estimate], curve: Sequence[ReliabilityBin]) -> str:
+    """Return the table of a reward model's figures on held-out pairs, and its reliability curve.
+
+    Args:
+        estimates: By metric.
+        curve: Pairs by the confidence of the model.
+    """
+    header = f"{'held-out pairs':24} {'value':>8}  {'95 % interval':<18}"
+    lines = ["", header, "-" * len(header)]
+    for label, (name, factor, form) in _PAIR_ROWS.items():
+        if name in estimates:
+            value, low, high = (form.format(factor * figure) for figure in estimates[name])
+            interval = "" if math.isnan(estimates[name].low) else f"[{low}, {high}]"
+            lines.append(f"{label:24} {value:>8}  {interval:<18}".rstrip())
+    lines += ["", f"{'confidence %':24} {'right %':>8}  {'95 % interval':<18} {'pairs':>6}"]
+    for part in curve:
+        right, low, high = (f"{100 * figure:.1f}" for figure in part.accuracy)
+        interval, confidence = f"[{low}, {high}]", f"{100 * part.confidence:.1f}"
+        lines.append(f"{confidence:24} {right:>8}  {interval:<18} {part.number:>6}")
+    lines += [
+        "Accuracy: the chosen answer scores higher, ties count as half. Confidence: sigmoid of the",
+        "difference in score. Length correlation: Spearman's, of differences of score and tokens.",
     ]
     return "\n".join([*lines, ""])
 

@@ -16,6 +16,7 @@ from grao_lightning.batch import PromptBatch
 from grao_lightning.data.encoding import PromptEncoder, conversation_text
 from grao_lightning.data.formats import Example, parse_rows
 from grao_lightning.data.sampler import StepBatchSampler
+from grao_lightning.data.text_pairs import encoder_for
 from grao_lightning.faults import Faults, UserError
 from grao_lightning.models import eos_ids, load_tokenizer
 from grao_lightning.randomness import run_seed
@@ -127,7 +128,7 @@ class PromptDataModule(LightningDataModule):
         if self.encoder is None:
             setting = "data.tokenizer (in configs: model.policy)"
             tokenizer = load_tokenizer(setting, self._tokenizer_source)
-            self.encoder = PromptEncoder(
+            self.encoder = encoder_for(
                 tokenizer,
                 max_prompt_tokens=self._max_prompt_tokens,
                 chat_template=self._chat_template,

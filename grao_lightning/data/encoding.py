@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +15,8 @@ from grao_lightning.faults import UserError
 
 _HH_MARKERS = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "system": ""}
 _HH_CUE = "\n\nAssistant:"
+_HH_MARKER = re.compile(r"\n\n(Human|Assistant):")
+_HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,9 @@ class PromptEncoder:
         if self._has_template:
             self._probe_template(known_eos)
 
-    def encode_prompt(self, prompt: str | Sequence[Message]) -> EncodedPrompt:
+    def encode_prompt(
+        self, prompt: str | Sequence[Message], max_tokens: int | None = None
+    ) -> EncodedPrompt:
         """Returns a prompt's ids, at most `max_prompt_tokens` of them.
 
         Conversations lose whole turns, the oldest first, until a user's turn comes first and the
@@ -97,11 +103,17 @@ class PromptEncoder:
 
         Args:
             prompt: A string, or messages that end with the user's turn.
+            max_tokens: A lower bound for this prompt alone.
 
         Raises:
             UserError: The template refuses the conversation, or system messages and template
                 leave no room for a question.
         """
+        if max_tokens is not None:
+            bounds = [max_tokens, *filter(None, [self._max_prompt_tokens])]
+            bounded = copy(self)
+            bounded._max_prompt_tokens = min(bounds)
+            return bounded.encode_prompt(prompt)
         if isinstance(prompt, str):
             return self._encode_string(prompt)
         encoded = self._encode_conversation(prompt)
@@ -259,3 +271,20 @@ def conversation_text(prompt: str | Sequence[Message]) -> str:
     if isinstance(prompt, str):
         return prompt
     return "".join(_HH_MARKERS[turn["role"]] + turn["content"] for turn in prompt) + _HH_CUE
+
+
+def conversation_of(text: str) -> str | list[Message]:
+    """Returns the messages that `conversation_text` wrote, or a string of another form as it is.
+
+    >>> conversation_of("\n\nHuman: Hello\n\nAssistant:")
+    [{'role': 'user', 'content': 'Hello'}]
+    """
+    system, *parts = _HH_MARKER.split(text)
+    if "Human" not in parts or not text.endswith(_HH_CUE):
+        return text
+    turns = [{"role": "system", "content": system}] if system else []
+    turns += [
+        {"role": _HH_ROLES[marker], "content": content.removeprefix(" ")}
+        for marker, content in zip(parts[:-2:2], parts[1:-2:2], strict=True)
+    ]
+    return turns

@@ -1,20 +1,15 @@
-"""What every method shares: models, micro-batches, the optimiser, validation, logging."""
+"""What every alignment method shares: policy, reference model, ascent, RAS and NAG."""
 
-import logging
-import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from copy import deepcopy
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from grao_lightning.advantages import GroupScale, GroupStatistics
 from grao_lightning.batch import PromptBatch, TokenRow
-from grao_lightning.checks import check_run
-from grao_lightning.faults import Faults, UserError
+from grao_lightning.faults import Faults
 from grao_lightning.head import Weigh
 from grao_lightning.logprobs import (
     MicroBatch,
@@ -22,57 +17,37 @@ from grao_lightning.logprobs import (
     split_by_tokens,
     token_logprobs,
 )
-from grao_lightning.metrics import Estimate, GainKind, TiesAs
-from grao_lightning.models import first_mismatch, load_model, load_tokenizer, source_fault
+from grao_lightning.metrics import GainKind, TiesAs
+from grao_lightning.models import load_model, load_tokenizer, source_fault
+from grao_lightning.modules.step import StepModule
 from grao_lightning.modules.validation import ValidationMetrics
 from grao_lightning.objectives.clipping import outward_mask
-from grao_lightning.optimizer import MasterWeightsAdamW
 from grao_lightning.sharing import share_prompts
 
-log = logging.getLogger(__name__)
-
-Schedule = Literal["constant", "linear", "cosine"]
 WeighFor = Callable[[list[int]], Weigh]  # numbers of a micro-batch's rows -> their tokens' weights
 Beside = Callable[[list[int], TokenLogprobs], Tensor]  # -> loss that is added to the weighted one
 
 
-class AlignmentModule(LightningModule):
-    """Holds policy and reference model and takes one optimiser step a batch.
+class AlignmentModule(StepModule):
+    """Holds policy and reference model; samples, and measures RAS and NAG in validation.
 
-    Optimisation is manual: a batch is split into micro-batches by tokens, and every loss is divided
-    by a count over all devices, so that neither the split nor the number of devices changes the
-    gradient. Subclasses write ``training_step`` and call `ascend` and `finish_step` in it.
+    Subclasses write ``training_step`` and call `ascend` and `finish_step` in it.
 
     Args:
         policy: Model to train: hub name, folder, ``.gguf`` file or ``embedded:keywords``.
         reference_model: Frozen model for drift, clipping and NAG's untrained base: "policy" (a copy
             of the policy before training), another source, or null (none of these then).
-        learning_rate: Peak learning rate of AdamW.
-        weight_decay: Of AdamW, decoupled.
-        betas: Of AdamW.
-        master_weights: Keep float32 copies of the weights in the optimiser, which takes its steps
-            on them: for ``trainer.precision=bf16-true``, where small steps round away otherwise.
-        schedule: Learning rate after warm-up: constant, or falling to 0 at ``trainer.max_steps``.
-        warmup_steps: Steps of linear warm-up.
-        micro_batch_tokens: Most padded tokens in one forward pass; lower it when memory runs out.
         logprob_temperature: Divides the logits in training. 1 trains the policy itself, whatever
             temperature samples it.
-        gradient_checkpointing: Recompute activations in the backward pass.
-        attn_implementation: Of the Hugging Face models, such as flash_attention_2; prompts are
-            then not shared.
-        share_prompts: Read every prompt once for all that follows it, where the model allows it.
         ties_as: What a tie counts as in RAS: win, half or loss.
         gain: Which NAG: "net" (wins minus losses against the untrained base) or "wins".
+        step_settings: The settings of `StepModule`.
     """
 
-    #: Whether training reads sampled, scored groups (and not only the data's answers).
+    samples = True
     trains_on_groups = True
-    #: Whether training reads rejected answers.
-    trains_on_pairs = False
     #: Whether completions of equal reward in a group teach nothing.
     needs_spread = True
-    #: Whether the step heeds the outward mask of `ReferenceAwareClipping`.
-    heeds_outward_mask = False
     #: What `GroupScoring` makes of a group's rewards unless it is told otherwise.
     group_statistics: GroupStatistics = "inside"
     group_scale: GroupScale = "population_std"
@@ -81,51 +56,25 @@ class AlignmentModule(LightningModule):
         self,
         policy: str = "embedded:keywords",
         reference_model: str | None = "policy",
-        learning_rate: float = 1e-6,
-        weight_decay: float = 0.01,
-        betas: tuple[float, float] = (0.9, 0.999),
-        master_weights: bool = False,
-        schedule: Schedule = "constant",
-        warmup_steps: int = 0,
-        micro_batch_tokens: int = 8192,
         logprob_temperature: float = 1.0,
-        gradient_checkpointing: bool = False,
-        attn_implementation: str | None = None,
-        share_prompts: bool = True,
         ties_as: TiesAs = "loss",
         gain: GainKind = "net",
+        **step_settings: Any,
     ) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-        self.automatic_optimization = False
+        super().__init__(**step_settings)
         self.policy_source = policy
         self.reference_model_source = reference_model
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
-        self.betas = betas
-        self.master_weights = master_weights
-        self.schedule = schedule
-        self.warmup_steps = warmup_steps
-        self.micro_batch_tokens = micro_batch_tokens
         self.logprob_temperature = logprob_temperature
-        self.gradient_checkpointing = gradient_checkpointing
-        self.attn_implementation = attn_implementation
-        self.share_prompts = share_prompts
         self.policy: Any = None
-        self.reference_model: Any = None
-        self.tokenizer: Any = None
-        self.num_sampled_tokens = 0
         self.ties_as = ties_as
         self.gain = gain
         has_base = reference_model is not None
         self.validation_metrics = ValidationMetrics(ties_as, gain, has_base=has_base)
-        self.estimates: dict[str, Estimate] = {}
-        self.step_values: dict[str, float] = {}
 
     @property
-    def needs_reference_logprobs(self) -> bool:
-        """Return whether every step reads ``batch.reference_model_logprobs``."""
-        return False
+    def source(self) -> str:
+        """Return where the policy comes from."""
+        return self.policy_source
 
     # -- set-up ------------------------------------------------------------------------------------
 
@@ -135,18 +84,10 @@ class AlignmentModule(LightningModule):
         faults.add(source_fault("model.policy", self.policy_source))
         if self.reference_model_source not in (None, "policy"):
             faults.add(source_fault("model.reference_model", self.reference_model_source))
-        faults.at_least("model.learning_rate", self.learning_rate, 0)
-        faults.at_least("model.weight_decay", self.weight_decay, 0)
-        faults.at_least("model.warmup_steps", self.warmup_steps, 0)
-        faults.at_least("model.micro_batch_tokens", self.micro_batch_tokens, 1)
-        faults.one_of("model.schedule", self.schedule, ("constant", "linear", "cosine"))
+        faults.add(*super().faults())
         if not self.logprob_temperature > 0:
             faults.add(f"model.logprob_temperature must be > 0; got {self.logprob_temperature}")
         return faults
-
-    def setup(self, stage: str) -> None:
-        """Check the run as a whole; Lightning calls this before ``configure_model``."""
-        check_run(self.trainer, self, getattr(self.trainer, "datamodule", None))
 
     def configure_model(self) -> None:
         """Load tokenizer, policy and reference model; does nothing the second time."""
@@ -173,26 +114,6 @@ class AlignmentModule(LightningModule):
             self.reference_model.requires_grad_(False).eval()
         if self.gradient_checkpointing:
             self.policy.gradient_checkpointing_enable({"use_reentrant": False})
-
-    def configure_optimizers(self) -> Any:
-        """Return AdamW and its schedule by step."""
-        # A fused AdamW unscales by itself, so under a gradient scaler the norm would be clipped too
-        # late; there the plain one is used.
-        fused = self.trainer.precision != "16-mixed"
-        adamw = MasterWeightsAdamW if self.master_weights else torch.optim.AdamW
-        optimizer = adamw(
-            self._trained(),
-            lr=self.learning_rate,
-            weight_decay=self.weight_decay,
-            betas=(self.betas[0], self.betas[1]),
-            fused=fused,
-        )
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._schedule_factor)
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
-
-    def on_fit_start(self) -> None:
-        """Put the policy in training mode: Hugging Face loads models in evaluation mode."""
-        self.policy.train()
 
     def train(self, mode: bool = True) -> "AlignmentModule":
         """Set the mode of the policy; the reference model always evaluates."""
@@ -267,10 +188,10 @@ class AlignmentModule(LightningModule):
             collected.add(numbers, computed)
             if micro_batch.needs_gradient:
                 loss = computed.loss + (0.0 if beside is None else beside(numbers, computed))
-                self._backward(loss, is_last=at == len(micro_batches))
+                self.backward_part(loss, is_last=at == len(micro_batches))
         if not any(part.needs_gradient for part in micro_batches):
             # Ranks must meet in the same collectives, signal or not.
-            self._backward(sum(p.sum() * 0.0 for p in self._trained()), is_last=True)
+            self.backward_part(sum(p.sum() * 0.0 for p in self._trained()), is_last=True)
         return collected
 
     def _weigh(
@@ -300,90 +221,11 @@ class AlignmentModule(LightningModule):
 
         return masked
 
-    def update(self) -> None:
-        """Take an optimiser step that is not the last one on this batch: the trainer counts one."""
-        optimizer = self.optimizers()
-        assert not isinstance(optimizer, list)
-        inner = optimizer.optimizer
-        self.trainer.strategy.optimizer_step(inner, lambda: None, model=self)
-        inner.zero_grad(set_to_none=True)
-
-    def finish_step(self, batch: PromptBatch) -> None:
-        """Take the batch's last optimiser step and log what its stages noted."""
-        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
-        assert not isinstance(optimizer, list) and scheduler is not None
-        batch.statistics.mean("learning_rate", optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        scheduler.step()  # type: ignore[union-attr]
-        self._log_step(batch)
-
-    def global_sum(self, value: float) -> float:
-        """Return the sum of a number over all ranks."""
-        return self.reduce_over_ranks(torch.tensor([value], dtype=torch.double), "sum").item()
-
-    def reduce_over_ranks(self, values: Tensor, operation: str) -> Tensor:
-        """Return values over all ranks; ``operation`` is "sum" or "max"."""
-        if self.trainer.world_size == 1:
-            return values
-        reduced = self.trainer.strategy.reduce(values.to(self.device), reduce_op=operation)
-        return reduced.cpu()
-
-    def _trained(self) -> list[torch.nn.Parameter]:
-        """Return the parameters that the optimiser holds."""
-        return [parameter for parameter in self.parameters() if parameter.requires_grad]
-
-    def _backward(self, loss: Any, *, is_last: bool) -> None:
-        strategy = self.trainer.strategy
-        # Gradients of all but the last micro-batch stay local: one exchange a step.
-        wait = nullcontext() if is_last else getattr(strategy, "block_backward_sync", nullcontext)()
-        with wait:
-            self.manual_backward(loss * self.trainer.world_size)  # DDP divides by it
-
-    def _schedule_factor(self, step: int) -> float:
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        if self.schedule == "constant":
-            return 1.0
-        falling_steps = max(1, self.trainer.max_steps - self.warmup_steps)
-        left = max(0.0, 1 - (step - self.warmup_steps) / falling_steps)
-        if self.schedule == "linear":
-            return left
-        return 0.5 * (1 - torch.cos(torch.tensor(left * torch.pi)).item())
-
-    # -- logging -----------------------------------------------------------------------------------
-
-    def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Start the clock of the update; callbacks have sampled and scored by now."""
-        self._update_started = time.perf_counter()
-
-    def _log_step(self, batch: PromptBatch) -> None:
-        batch.seconds["update"] = time.perf_counter() - self._update_started
-        for phase, seconds in batch.seconds.items():
-            batch.statistics.mean(f"perf/{phase}_time", seconds)
-        values = batch.statistics.reduced(self.reduce_over_ranks)
-        if batch.completions is not None:
-            sampled = self.global_sum(batch.completions.lengths.sum().item())
-            self.num_sampled_tokens += int(sampled)
-            values["num_tokens"] = float(self.num_sampled_tokens)
-            values["perf/tokens_per_second"] = sampled / sum(batch.seconds.values())
-        values["step_time"] = sum(batch.seconds.values())
-        self.step_values = values
-        self.log_dict({f"train/{name}": value for name, value in values.items()}, batch_size=1)
-
     # -- validation --------------------------------------------------------------------------------
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Take in one batch's outcomes; `GroupSampling` and `GroupScoring` have filled it."""
         self.validation_metrics.update(batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log every metric with its interval."""
-        self.estimates = self.validation_metrics.compute()
-        self.validation_metrics.reset()
-        for name, estimate in self.estimates.items():
-            ends = {"": estimate.value, "_low": estimate.low, "_high": estimate.high}
-            self.log_dict({f"val/{name}{end}": value for end, value in ends.items()}, batch_size=1)
 
     # -- checkpoints -------------------------------------------------------------------------------
 
@@ -403,13 +245,7 @@ class AlignmentModule(LightningModule):
         if self.reference_model is not None:
             own = self.reference_model.state_dict(prefix="reference_model.")
             state_dict = {**own, **state_dict}
-        try:
-            return super().load_state_dict(state_dict, strict=strict, assign=assign)
-        except RuntimeError as error:
-            raise UserError(
-                f"ckpt_path: the checkpoint is not of model.policy={self.policy_source}; name the "
-                f"policy it was trained from: {first_mismatch(error)}"
-            ) from error
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
 
 class RowLogprobs:

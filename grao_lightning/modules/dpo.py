@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from grao_lightning.batch import PromptBatch, TokenRow
-from grao_lightning.faults import Faults, UserError
+from grao_lightning.checks import check_pairs
+from grao_lightning.faults import Faults
 from grao_lightning.head import Weigh, weigh_by_gradient
 from grao_lightning.logprobs import frozen_logprobs, split_together
 from grao_lightning.modules.base import AlignmentModule
@@ -61,14 +62,8 @@ class DPOModule(AlignmentModule):
     def setup(self, stage: str) -> None:
         """Check the run, and that every train row has a rejected answer."""
         super().setup(stage)
-        rows = getattr(getattr(self.trainer, "datamodule", None), "examples", {}).get("train", ())
-        missing = sum(row.rejected_answer is None for row in rows)
-        if stage == "fit" and missing:
-            raise UserError(
-                f"data.train must have a rejected answer in every row for DPO; {missing} of "
-                f"{len(rows)} rows have none: use preference data, or name its columns with "
-                "data.rename"
-            )
+        splits = ("train",) if stage == "fit" else ()
+        check_pairs(getattr(self.trainer, "datamodule", None), splits, "DPO")
 
     def rows(self, batch: PromptBatch) -> list[TokenRow]:
         """Return the chosen answers, then the rejected ones."""

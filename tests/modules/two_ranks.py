@@ -36,7 +36,7 @@ class Record(Callback):
 
 def largest_difference_of_ranks(module) -> float:
     """Return how far the ranks' weights, and their masters where they have some, are apart."""
-    own = [*module.policy.parameters()]
+    own = [p for p in module.parameters() if p.requires_grad]
     own += module.trainer.optimizers[0].state_dict().get("master_weights", [])
     flat = torch.cat([values.detach().double().flatten() for values in own])
     both = module.all_gather(flat)
@@ -47,8 +47,9 @@ def main(folder: Path, data: dict, options: dict, run: dict | None = None) -> No
     torch.set_num_threads(1)
     record = Record()
     run = run or {"precision": "64-true"}
-    model = {"policy": "embedded:keywords-weak", "learning_rate": 1e-3, **run.pop("model", {})}
     method = getattr(grao_lightning, run.pop("method", "GRAOModule"))
+    source = method.source_setting.rpartition(".")[2]
+    model = {source: "embedded:keywords-weak", "learning_rate": 1e-3, **run.pop("model", {})}
     module = fit(
         folder,
         module=method(**model),

@@ -1,0 +1,238 @@
+"""What every module shares: one optimiser step a batch, in micro-batches, on all devices."""
+
+import time
+from contextlib import nullcontext
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from grao_lightning.batch import PromptBatch
+from grao_lightning.checks import check_run
+from grao_lightning.faults import Faults, UserError
+from grao_lightning.metrics import Estimate
+from grao_lightning.models import first_mismatch
+from grao_lightning.optimizer import MasterWeightsAdamW
+
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+class StepModule(LightningModule):
+    """Takes one optimiser step a batch and logs what it and validation measured.
+
+    Optimisation is manual: a batch is split into micro-batches by tokens, and every loss is divided
+    by a count over all devices, so that neither the split nor the number of devices changes the
+    gradient. Subclasses load their model in ``configure_model``, set ``validation_metrics`` and
+    write ``training_step``, which hands losses to `backward_part` and ends with `finish_step`.
+
+    Args:
+        learning_rate: Peak learning rate of AdamW.
+        weight_decay: Of AdamW, decoupled.
+        betas: Of AdamW.
+        master_weights: Keep float32 copies of the weights in the optimiser, which takes its steps
+            on them: for ``trainer.precision=bf16-true``, where small steps round away otherwise.
+        schedule: Learning rate after warm-up: constant, or falling to 0 at ``trainer.max_steps``.
+        warmup_steps: Steps of linear warm-up.
+        micro_batch_tokens: Most padded tokens in one forward pass; lower it when memory runs out.
+        gradient_checkpointing: Recompute activations in the backward pass.
+        attn_implementation: Of the Hugging Face models, such as flash_attention_2; prompts are
+            then not shared.
+        share_prompts: Read every prompt once for all that follows it, where the model allows it.
+    """
+
+    #: Whether it has a policy that samples, and whose completions are scored.
+    samples = False
+    #: Whether training reads sampled, scored groups (and not only the data's answers).
+    trains_on_groups = False
+    #: Whether training reads rejected answers.
+    trains_on_pairs = False
+    #: Whether the step heeds the outward mask of `ReferenceAwareClipping`.
+    heeds_outward_mask = False
+    #: The setting that names the trained model's source.
+    source_setting = "model.policy"
+
+    def __init__(
+        self,
+        learning_rate: float = 1e-6,
+        weight_decay: float = 0.01,
+        betas: tuple[float, float] = (0.9, 0.999),
+        master_weights: bool = False,
+        schedule: Schedule = "constant",
+        warmup_steps: int = 0,
+        micro_batch_tokens: int = 8192,
+        gradient_checkpointing: bool = False,
+        attn_implementation: str | None = None,
+        share_prompts: bool = True,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.automatic_optimization = False
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.betas = betas
+        self.master_weights = master_weights
+        self.schedule = schedule
+        self.warmup_steps = warmup_steps
+        self.micro_batch_tokens = micro_batch_tokens
+        self.gradient_checkpointing = gradient_checkpointing
+        self.attn_implementation = attn_implementation
+        self.share_prompts = share_prompts
+        self.reference_model_source: str | None = None
+        self.reference_model: Any = None
+        self.tokenizer: Any = None
+        self.validation_metrics: Any = None
+        self.num_sampled_tokens = 0
+        self.estimates: dict[str, Estimate] = {}
+        self.step_values: dict[str, float] = {}
+
+    @property
+    def source(self) -> str:
+        """Return where the trained model comes from."""
+        raise NotImplementedError
+
+    @property
+    def needs_reference_logprobs(self) -> bool:
+        """Return whether every step reads ``batch.reference_model_logprobs``."""
+        return False
+
+    # -- set-up ------------------------------------------------------------------------------------
+
+    def faults(self) -> Faults:
+        """Return what is wrong with the settings, without loading a model."""
+        faults = Faults()
+        faults.at_least("model.learning_rate", self.learning_rate, 0)
+        faults.at_least("model.weight_decay", self.weight_decay, 0)
+        faults.at_least("model.warmup_steps", self.warmup_steps, 0)
+        faults.at_least("model.micro_batch_tokens", self.micro_batch_tokens, 1)
+        faults.one_of("model.schedule", self.schedule, ("constant", "linear", "cosine"))
+        return faults
+
+    def setup(self, stage: str) -> None:
+        """Check the run as a whole; Lightning calls this before ``configure_model``."""
+        check_run(self.trainer, self, getattr(self.trainer, "datamodule", None))
+
+    def configure_optimizers(self) -> Any:
+        """Return AdamW and its schedule by step."""
+        # A fused AdamW unscales by itself, so under a gradient scaler the norm would be clipped too
+        # late; there the plain one is used.
+        fused = self.trainer.precision != "16-mixed"
+        adamw = MasterWeightsAdamW if self.master_weights else torch.optim.AdamW
+        optimizer = adamw(
+            self._trained(),
+            lr=self.learning_rate,
+            weight_decay=self.weight_decay,
+            betas=(self.betas[0], self.betas[1]),
+            fused=fused,
+        )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._schedule_factor)
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def on_fit_start(self) -> None:
+        """Put the model in training mode: Hugging Face loads models in evaluation mode."""
+        self.train()
+
+    # -- one step ----------------------------------------------------------------------------------
+
+    def update(self) -> None:
+        """Take an optimiser step that is not the last one on this batch: the trainer counts one."""
+        optimizer = self.optimizers()
+        assert not isinstance(optimizer, list)
+        inner = optimizer.optimizer
+        self.trainer.strategy.optimizer_step(inner, lambda: None, model=self)
+        inner.zero_grad(set_to_none=True)
+
+    def finish_step(self, batch: PromptBatch) -> None:
+        """Take the batch's last optimiser step and log what its stages noted."""
+        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        assert not isinstance(optimizer, list) and scheduler is not None
+        batch.statistics.mean("learning_rate", optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        scheduler.step()  # type: ignore[union-attr]
+        self._log_step(batch)
+
+    def global_sum(self, value: float) -> float:
+        """Return the sum of a number over all ranks."""
+        return self.reduce_over_ranks(torch.tensor([value], dtype=torch.double), "sum").item()
+
+    def reduce_over_ranks(self, values: Tensor, operation: str) -> Tensor:
+        """Return values over all ranks; ``operation`` is "sum" or "max"."""
+        if self.trainer.world_size == 1:
+            return values
+        reduced = self.trainer.strategy.reduce(values.to(self.device), reduce_op=operation)
+        return reduced.cpu()
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        """Return the parameters that the optimiser holds."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def backward_part(self, loss: Any, *, is_last: bool) -> None:
+        """Add the gradient of a micro-batch's loss, which is divided by counts over all devices."""
+        strategy = self.trainer.strategy
+        # Gradients of all but the last micro-batch stay local: one exchange a step.
+        wait = nullcontext() if is_last else getattr(strategy, "block_backward_sync", nullcontext)()
+        with wait:
+            self.manual_backward(loss * self.trainer.world_size)  # DDP divides by it
+
+    def _schedule_factor(self, step: int) -> float:
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        if self.schedule == "constant":
+            return 1.0
+        falling_steps = max(1, self.trainer.max_steps - self.warmup_steps)
+        left = max(0.0, 1 - (step - self.warmup_steps) / falling_steps)
+        if self.schedule == "linear":
+            return left
+        return 0.5 * (1 - torch.cos(torch.tensor(left * torch.pi)).item())
+
+    # -- logging -----------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Start the clock of the update; callbacks have sampled and scored by now."""
+        self._update_started = time.perf_counter()
+
+    def _log_step(self, batch: PromptBatch) -> None:
+        batch.seconds["update"] = time.perf_counter() - self._update_started
+        for phase, seconds in batch.seconds.items():
+            batch.statistics.mean(f"perf/{phase}_time", seconds)
+        values = batch.statistics.reduced(self.reduce_over_ranks)
+        if batch.completions is not None:
+            sampled = self.global_sum(batch.completions.lengths.sum().item())
+            self.num_sampled_tokens += int(sampled)
+            values["num_tokens"] = float(self.num_sampled_tokens)
+            values["perf/tokens_per_second"] = sampled / sum(batch.seconds.values())
+        values["step_time"] = sum(batch.seconds.values())
+        self.step_values = values
+        self.log_dict({f"train/{name}": value for name, value in values.items()}, batch_size=1)
+
+    # -- validation --------------------------------------------------------------------------------
+
+    def on_validation_epoch_end(self) -> None:
+        """Log every figure with its interval."""
+        self.estimates = self.validation_figures()
+        bare = getattr(self.validation_metrics, "without_interval", ())
+        for name, estimate in self.estimates.items():
+            ends = {"": estimate.value, "_low": estimate.low, "_high": estimate.high}
+            if name in bare:
+                ends = {"": estimate.value}
+            self.log_dict({f"val/{name}{end}": value for end, value in ends.items()}, batch_size=1)
+
+    def validation_figures(self) -> dict[str, Estimate]:
+        """Return what this validation measured, and forget it for the next one."""
+        figures: dict[str, Estimate] = self.validation_metrics.compute()
+        self.validation_metrics.reset()
+        return figures
+
+    # -- checkpoints -------------------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Load the weights; say which setting is at odds with the checkpoint where they differ."""
+        try:
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        except RuntimeError as error:
+            raise UserError(
+                f"ckpt_path: the checkpoint is not of {self.source_setting}={self.source}; name "
+                f"the {self.source_setting.rpartition('.')[2]} it was trained from: "
+                f"{first_mismatch(error)}"
+            ) from error
