@@ -1,6 +1,5 @@
 """Scores every group against its reference answer and turns rewards into advantages."""
 
-import logging
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,20 +16,11 @@ from grao_lightning.advantages import (
 from grao_lightning.batch import Completions, PromptBatch
 from grao_lightning.callbacks.phase import RareWarning, phase
 from grao_lightning.faults import Faults, UserError
-from grao_lightning.metrics import compare
+from grao_lightning.metrics import Estimate, compare
 from grao_lightning.rewards.missing import MissingWindow
-from grao_lightning.rewards.preference import length_alone
-from grao_lightning.rewards.protocol import (
-    RewardFunction,
-    RewardSpec,
-    call_rewards,
-    column_fault,
-    scorer_statistics,
-    weighted_sum,
-)
+from grao_lightning.rewards.protocol import RewardSpec, weighted_sum
+from grao_lightning.rewards.scorers import Scorers
 from grao_lightning.step_statistics import StepStatistics
-
-log = logging.getLogger(__name__)
 
 Comparison = Literal["pairwise", "raw"]
 Aggregation = Literal["raw", "normalized"]
@@ -85,8 +75,7 @@ class GroupScoring(Callback):
         self.aggregation = aggregation
         self.max_missing = max_missing
         self.missing_window = missing_window
-        self.held_out_accuracy: dict[str, Any] = {}
-        self._functions: dict[str, RewardFunction] = {}
+        self._scorers = Scorers([*self.rewards, *(judges or ())])
         self._base_scores: dict[tuple[int, ...], Tensor] = {}
         self._no_signal = RareWarning()
         self._missing = MissingWindow(missing_window, max_missing)
@@ -111,15 +100,13 @@ class GroupScoring(Callback):
             )
         if self.judges is not None and not self.judges:
             faults.add("scoring.judges must name a reward function or be null; got none: remove it")
-        labels = [spec.label for spec in self._specs]
-        for label in sorted({label for label in labels if labels.count(label) > 1}):
-            faults.add(f"scoring.rewards: {label!r} names two reward functions; give each a name")
-        for spec in self._specs:
-            try:
-                self._function(spec)
-            except UserError as error:
-                faults.add(str(error))
+        faults.add(*self._scorers.faults())
         return faults
+
+    @property
+    def held_out_accuracy(self) -> dict[str, Estimate]:
+        """Return the share of validation pairs that learned rewards tell, by name."""
+        return self._scorers.held_out_accuracy
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Load the reward functions and fit those that learn from preference pairs.
@@ -129,15 +116,12 @@ class GroupScoring(Callback):
         """
         if not pl_module.samples:
             return
-        examples = getattr(getattr(trainer, "datamodule", None), "examples", {})
-        for split, rows in examples.items():
+        data = getattr(trainer, "datamodule", None)
+        for split, rows in getattr(data, "examples", {}).items():
             columns = {name for row in rows for name in row.columns}
-            faults = Faults()
-            faults.add(*(column_fault(function, columns) for function in self._load().values()))
-            faults.raise_if_any(f"in scoring.rewards on data.{split}")
-        for label, function in self._load().items():
-            if hasattr(function, "fit") and label not in self.held_out_accuracy:
-                self._fit(label, function, trainer)
+            where = f"in scoring.rewards on data.{split}"
+            self._scorers.column_faults(columns).raise_if_any(where)
+        self._scorers.learn(getattr(data, "preference_pairs", lambda split: ([], [], [])))
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: Any, batch: PromptBatch, batch_idx: int
@@ -177,6 +161,8 @@ class GroupScoring(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Begin with nothing noted but the names, which all ranks must note."""
+        if not pl_module.samples:
+            return
         self._in_validation = StepStatistics()
         for spec in self._judges:
             self._in_validation.mean(f"rewards/{spec.label}/mean", torch.empty(0))
@@ -208,6 +194,8 @@ class GroupScoring(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Log what the judges said of themselves, and tell when verdicts are missing."""
+        if not pl_module.samples:
+            return
         values = self._in_validation.reduced(pl_module.reduce_over_ranks)
         pl_module.log_dict({f"val/{name}": value for name, value in values.items()}, batch_size=1)
         if values["missing_rewards"] > 0:
@@ -233,43 +221,6 @@ class GroupScoring(Callback):
     def _judges(self) -> list[RewardSpec]:
         return self.judges or self.rewards
 
-    @property
-    def _specs(self) -> list[RewardSpec]:
-        return [*self.rewards, *(self.judges or ())]
-
-    def _load(self) -> dict[str, RewardFunction]:
-        """Return every function by its label."""
-        return {spec.label: self._function(spec) for spec in self._specs}
-
-    def _function(self, spec: RewardSpec) -> RewardFunction:
-        """Return what a spec names, made once."""
-        if spec.label not in self._functions:
-            self._functions[spec.label] = spec.load()
-        return self._functions[spec.label]
-
-    def _fit(self, label: str, function: Any, trainer: Trainer) -> None:
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        pairs = data.preference_pairs("train")
-        if not pairs[0]:
-            raise UserError(
-                f"scoring.rewards: {label} learns from pairs of chosen and rejected answers, and "
-                "data.train has none; use preference data or another reward"
-            )
-        function.fit(*pairs)
-        held_out = data.preference_pairs("validation")
-        if held_out[0] and hasattr(function, "accuracy"):
-            accuracy = function.accuracy(*held_out)
-            self.held_out_accuracy[label] = accuracy
-            log.info(
-                "%s, given %d train pairs: held-out pair accuracy %.1f %% [%.1f, %.1f] on "
-                "%d validation pairs",
-                label,
-                len(pairs[0]),
-                *(100 * value for value in (accuracy.value, accuracy.low, accuracy.high)),
-                len(held_out[0]),
-            )
-            self.held_out_accuracy["length alone"] = length_alone(pairs[1:], held_out[1:])
-
     def _score(
         self, batch: PromptBatch, completions: Completions, specs: list[RewardSpec]
     ) -> Tensor:
@@ -290,8 +241,7 @@ class GroupScoring(Callback):
     ) -> Tensor:
         """Return the scores of every function for every member, [F, B, G+1] float64."""
         arguments = _arguments(batch, completions)
-        functions = [self._function(spec) for spec in specs]
-        called = call_rewards(functions, arguments, num_reference_answers=len(batch))
+        called = self._scorers.scores(specs, arguments, num_reference_answers=len(batch))
         scores = torch.tensor(called, dtype=torch.double)
         of_completions, of_answers = scores.split([len(completions.ids), len(batch)], dim=1)
         groups = of_completions.view(len(scores), len(batch), -1)
@@ -309,8 +259,7 @@ class GroupScoring(Callback):
         return torch.cat([outcomes.double(), own], dim=1)
 
     def _note_statistics(self, statistics: StepStatistics, specs: list[RewardSpec]) -> None:
-        functions = {spec.label: self._function(spec) for spec in specs}
-        for name, (total, count) in scorer_statistics(functions).items():
+        for name, (total, count) in self._scorers.statistics(specs).items():
             statistics.add(name, total, count)
 
     def _note(self, batch: PromptBatch, step: int, *, needs_spread: bool) -> None:
