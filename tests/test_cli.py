@@ -307,10 +307,14 @@ def test_a_reward_model_is_trained_exported_and_serves_as_a_reward(grao, quickst
     assert summary["reference_answer_reward"]["value"] == pytest.approx(mean, abs=1e-5)
 
 
-def test_a_module_that_samples_still_needs_a_reward(grao, quickstart, no_model):
-    Path("config.yaml").write_text(yaml.safe_dump(changed(quickstart, {"scoring": {}})))
-    status, _, errors = grao("fit", "--config", "config.yaml")
-    assert "scoring.rewards must name at least one reward function" in one_error(status, errors)
+@pytest.mark.parametrize("name", ["reward_smollm2", "reward_minilm"])
+def test_the_configs_of_reward_models_are_whole(grao, repository, name):
+    arguments = ("--config", repository / f"configs/{name}.yaml", "--print_config")
+    status, text, _ = grao("fit", *arguments)
+    assert status == 0
+    settings = yaml.safe_load(text)
+    assert settings["model"]["class_path"] == "grao_lightning.RewardModule"
+    assert settings["best_checkpoint"]["monitor"] == "val/accuracy"
 
 
 def test_a_decoder_is_exported_with_a_padding_token_that_ends_no_answer(tmp_path):
@@ -402,7 +406,10 @@ def test_the_section_of_a_typo_is_searched_first():
             "1.0}; got 3",
         ),
         ({"scoring.rewards": [{"weight": 1}]}, "scoring.rewards.function must be set; see"),
-        ({"scoring": {"comparison": "raw"}}, "scoring.rewards must be set; see"),
+        (
+            {"scoring": {"comparison": "raw"}},
+            "1 fault in the configuration:\n  - scoring.rewards must name at least one reward",
+        ),
         ({"model": 3}, "model must hold class_path and init_args only; got 3"),
         (
             {"model.class_path": "grao_lightning.GRAOModul"},
@@ -410,7 +417,7 @@ def test_the_section_of_a_typo_is_searched_first():
         ),
         (
             {"model.class_path": "torch.nn.Linear"},
-            "model.class_path must be a subclass of AlignmentModule; got torch.nn.Linear",
+            "model.class_path must be a subclass of StepModule; got torch.nn.Linear",
         ),
         ({"trainer.devices": "foo"}, "trainer: `devices` selected with"),
         ({"trainer.limit_val_batches": 2.5}, "trainer: You have passed invalid value 2.5"),
