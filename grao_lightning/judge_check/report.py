@@ -173,7 +173,7 @@ def _accuracy_table(check: Check) -> list[Row]:
         where = "" if check.plan.held_out else ", the same ones"
         number = f"{len(check.plan.pairs):,}"
         guess = percent(check.guess)
-        rows.append(["length alone", f"of {learned}{where}", number, "", guess, "", "none", ""])
+        rows.append(["length alone", f"of {learned}{where}", number, "", guess, "", _NO_BIAS, ""])
     return rows
 
 

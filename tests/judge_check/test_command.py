@@ -365,12 +365,12 @@ def test_an_interruption_keeps_what_was_scored(check, folder):
 
 
 def test_the_language_model_judge_is_measured_through_a_server(check, folder):
-    """One that prefers the longer text, but text 1 in rows 0 to 4 and nothing readable in row 5."""
+    """One that prefers the longer text, but text 1 in rows 0 to 4 and babbles in row 12."""
 
     def script(question: Question) -> Reply:
         row = int(re.search(r"prompt (\d+)", question.text)[1])
         first, second = map(len, question.texts)
-        if row == 5:
+        if row == 12:
             return Reply("I would rather not say.")
         return Reply(
             "1 > 2" if row < 5 or first > second else "1 < 2" if first < second else "1 = 2"
@@ -393,8 +393,8 @@ def test_the_language_model_judge_is_measured_through_a_server(check, folder):
     content = results(folder)
     one = content["scorers"]["PairwiseJudge"]
     assert (one["judged"], one["missing"]) == (19, estimate(1, 20))
-    # 5 ties by position, rows 6 to 11 won, 12 to 17 lost, 18 and 19 of equal length
-    assert one["accuracy"] == estimate(6 + (5 + 2) / 2, 19)
+    # 5 ties by position, rows 5 to 11 won, 13 to 17 lost, 18 and 19 of equal length
+    assert one["accuracy"] == estimate(7 + (5 + 2) / 2, 19)
     assert one["ties"] == estimate(7, 19)
     assert one["statistics"]["position_bias"] == {"sum": 5, "count": 19}
     assert re.search(
@@ -520,7 +520,10 @@ def test_files_that_are_also_the_train_split_do_where_nothing_learns(check, fold
     del content["data"]["validation"]
     status, printed, _ = check(content)
     assert status == 0
-    assert re.search(r"\| length alone \| of 6 train pairs, the same ones +\| 6 ", printed)
+    assert re.search(
+        r"\| length alone \| of 6 train pairs, the same ones +\| 6 .* none, by construction",
+        printed,
+    )
 
 
 # -- help and config -------------------------------------------------------------------------------
