@@ -43,6 +43,8 @@ class RewardModel:
         label: Name or number of the label that counts; needed where there are several.
         batch_tokens: Most tokens of a forward pass, padding included.
         max_tokens: Most tokens of prompt and completion together; null = the model's positions.
+        max_prompt_tokens: Most tokens of the prompt, as ``data.max_prompt_tokens`` of the run that
+            trained the model; null = no bound of its own.
         device: "auto" (this process's CUDA device where there is one, else the CPU), or a name such
             as "cuda:1".
         dtype: float32, bfloat16 or float16.
@@ -63,6 +65,7 @@ class RewardModel:
         label: str | int | None = None,
         batch_tokens: int = 8192,
         max_tokens: int | None = None,
+        max_prompt_tokens: int | None = None,
         device: str = "auto",
         dtype: Dtype = "float32",
         chat_template: str | None = None,
@@ -73,7 +76,11 @@ class RewardModel:
         fault = source_fault("model", model)
         if fault:
             raise ValueError(fault)
-        for name, value in (("batch_tokens", batch_tokens), ("max_tokens", max_tokens)):
+        for name, value in (
+            ("batch_tokens", batch_tokens),
+            ("max_tokens", max_tokens),
+            ("max_prompt_tokens", max_prompt_tokens),
+        ):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be >= 1; got {value}")
         if dtype not in get_args(Dtype):
@@ -84,6 +91,7 @@ class RewardModel:
         self.label = label
         self.batch_tokens = batch_tokens
         self.max_tokens = max_tokens
+        self.max_prompt_tokens = max_prompt_tokens
         self.device = device
         self.dtype = dtype
         self.chat_template = chat_template
@@ -220,7 +228,7 @@ class RewardModel:
         self._has_template = bool(self.chat_template or tokenizer.chat_template)
         self._encoder = encoder_for(
             tokenizer,
-            max_prompt_tokens=None,
+            max_prompt_tokens=self.max_prompt_tokens,
             chat_template=self.chat_template,
             eos_ids=eos_ids(self.source, tokenizer),
         )

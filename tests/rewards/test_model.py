@@ -179,6 +179,25 @@ def test_a_long_prompt_loses_its_start_and_a_completion_nothing(decoder_folder, 
     assert "leaves no room for its prompt, and has no score" in caplog.text
 
 
+@pytest.mark.parametrize("kind", ["decoder_folder", "encoder_folder"])
+def test_a_bound_on_the_prompt_cuts_as_in_the_run_that_trained_the_model(request, kind):
+    """The last turn alone takes what is left of a prompt bounded to its length."""
+    folder = request.getfixturevalue(kind)
+    whole = RewardModel(folder)
+    long, newest = "apple river " * 5 + "window yarn", "window yarn"
+    if kind == "decoder_folder":
+        long, newest = PROMPTS[:2]
+    whole(prompts=[newest], completions=["apple"])
+    num_tokens = len(whole._encoder.encode_prompt(whole._as_turns(newest)).ids)
+    bounded = RewardModel(folder, max_prompt_tokens=num_tokens)
+    found, expected, uncut = (
+        scorer(prompts=[prompt], completions=["apple"])
+        for scorer, prompt in ((bounded, long), (whole, newest), (whole, long))
+    )
+    assert found == pytest.approx(expected, abs=1e-5)
+    assert found != pytest.approx(uncut, abs=1e-4)
+
+
 def test_an_encoder_scores_nothing_beyond_its_positions(encoder_folder):
     """64 positions: a long prompt is cut to them, a completion of 70 words has no score."""
     found = RewardModel(encoder_folder)(
