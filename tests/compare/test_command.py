@@ -206,7 +206,7 @@ def test_a_run_in_a_worker_equals_grao_fit_in_a_process_of_its_own(finished, rep
 def test_killed_and_started_again_it_gives_the_same_table(finished, repository, tmp_path):
     folder = tmp_path / "killed"
     process = start(repository, folder, jobs=1)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:  # in the middle of a run that has a checkpoint
         half = [
             file
