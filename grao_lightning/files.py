@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and where those lie that runs share."""
 
 import os
 from pathlib import Path
@@ -17,3 +17,8 @@ def write_whole(path: Path, content: str) -> None:
     with unfinished.open("w", encoding="utf-8", newline="") as file:
         file.write(content)
     os.replace(unfinished, path)
+
+
+def cache_folder() -> Path:
+    """Return ``$GRAO_CACHE``, by default ``~/.cache/grao_lightning``; it need not exist."""
+    return Path(os.environ.get("GRAO_CACHE", Path.home() / ".cache" / "grao_lightning"))

@@ -19,6 +19,7 @@ from grao_lightning.embedded.keywords import (
     keyword_rows,
 )
 from grao_lightning.faults import UserError
+from grao_lightning.files import cache_folder
 
 # Steps of supervised fine-tuning that a base has seen.
 BASES = {"keywords": 400, "keywords-weak": 60, "keywords-random": 0}
@@ -47,7 +48,7 @@ def base_folder(name: str) -> Path:
             f"model.policy: embedded models are {', '.join(f'embedded:{known}' for known in BASES)}"
             f"; got 'embedded:{name}'"
         )
-    cache = Path(os.environ.get("GRAO_CACHE", Path.home() / ".cache" / "grao_lightning"))
+    cache = cache_folder()
     folder = cache / f"{name}-v{_RECIPE_VERSION}"
     if not (folder / "config.json").exists():
         cache.mkdir(parents=True, exist_ok=True)

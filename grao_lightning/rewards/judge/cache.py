@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from grao_lightning.files import cache_folder
+
 log = logging.getLogger(__name__)
 
 _SCHEMA = """
@@ -34,8 +36,7 @@ _Result = TypeVar("_Result")
 
 def default_path() -> Path:
     """Return judge.sqlite in ``$GRAO_CACHE``, by default ``~/.cache/grao_lightning``."""
-    folder = os.environ.get("GRAO_CACHE", Path.home() / ".cache" / "grao_lightning")
-    return Path(folder) / "judge.sqlite"
+    return cache_folder() / "judge.sqlite"
 
 
 def content_key(content: dict[str, Any]) -> bytes:

@@ -2,12 +2,12 @@
 
 import asyncio
 import hashlib
-import importlib.util
 import json
 from collections.abc import Awaitable, Sequence
 from pathlib import Path
 from typing import Any
 
+from grao_lightning.faults import extra_fault
 from grao_lightning.rewards.judge.cache import AnswerCache, default_path
 from grao_lightning.rewards.judge.client import OPENAI, Endpoint, Session
 from grao_lightning.rewards.judge.prompts import TEMPLATE, criterion_text, render, template_fault
@@ -110,11 +110,9 @@ class PairwiseJudge:
         give_up_after: int = 8,
         cache: str | None = "auto",
     ) -> None:
-        for module in ("openai", "aiolimiter"):
-            if importlib.util.find_spec(module) is None:
-                raise ImportError(
-                    f"PairwiseJudge needs {module}: pip install 'grao-lightning[judge]'"
-                )
+        missing = extra_fault("PairwiseJudge", ("openai", "aiolimiter"), "judge")
+        if missing:
+            raise ImportError(missing)
         self.template = TEMPLATE if template is None else template
         self.both_orders = both_orders
         self.max_rereads = max_rereads
