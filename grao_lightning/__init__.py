@@ -21,7 +21,7 @@ _PUBLIC = {
     "GroupSampling": "grao_lightning.callbacks.sampling",
     "GroupScoring": "grao_lightning.callbacks.scoring",
     "ReferenceAwareClipping": "grao_lightning.callbacks.clipping",
-    "group_advantages": "grao_lightning.advantages",
+    "group_advantages": "grao_lightning.objectives.advantages",
     "grao_objective": "grao_lightning.objectives.grao",
     "bradley_terry_loss": "grao_lightning.objectives.bradley_terry",
 }

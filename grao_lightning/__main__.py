@@ -58,7 +58,7 @@ def _run(arguments: list[str]) -> int:
 
     try:
         if arguments[0] == "export":
-            from grao_lightning.export import export_command
+            from grao_lightning.command.export import export_command
 
             export_command(arguments[1:])
         elif arguments[0] == "compare":
@@ -71,7 +71,7 @@ def _run(arguments: list[str]) -> int:
             return judge_check_command(arguments[1:])
         else:
             gc.disable()  # looking for garbage among what is imported would take a fifth of it
-            from grao_lightning.cli import run
+            from grao_lightning.command.fit import run
 
             gc.freeze()
             gc.enable()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grao_lightning.step_statistics import StepStatistics
+from grao_lightning.metrics.step_statistics import StepStatistics
 
 TokenIds = list[int]
 

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from grao_lightning.batch import OutwardLimits, PromptBatch
 from grao_lightning.callbacks.phase import phase
 from grao_lightning.faults import Faults
-from grao_lightning.logprobs import frozen_logprobs
+from grao_lightning.language_model.logprobs import frozen_logprobs
 from grao_lightning.objectives.clipping import capped_norm, token_drift
 
 

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from grao_lightning.batch import PromptBatch
-from grao_lightning.reward_metrics import ReliabilityBin
+from grao_lightning.metrics.pairs import ReliabilityBin
 
 _TERMS = ("exploration", "imitation", "regularizer")
 _LAYOUT = {

@@ -10,7 +10,7 @@ from grao_lightning.batch import Completions, PromptBatch
 from grao_lightning.callbacks.console import StepProgressBar
 from grao_lightning.callbacks.phase import RareWarning, phase
 from grao_lightning.faults import Faults
-from grao_lightning.models import eos_ids
+from grao_lightning.language_model.loading import eos_ids
 from grao_lightning.randomness import run_seed
 from grao_lightning.sampling.completions import sample_completions
 from grao_lightning.sampling.draw import Progress, SamplingSettings, Stream, row_uniforms

@@ -7,20 +7,20 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from grao_lightning.advantages import (
+from grao_lightning.batch import Completions, PromptBatch
+from grao_lightning.callbacks.phase import RareWarning, phase
+from grao_lightning.faults import Faults, UserError
+from grao_lightning.metrics.outcomes import Estimate, compare
+from grao_lightning.metrics.step_statistics import StepStatistics
+from grao_lightning.objectives.advantages import (
     GroupScale,
     GroupStatistics,
     group_advantages,
     standardised,
 )
-from grao_lightning.batch import Completions, PromptBatch
-from grao_lightning.callbacks.phase import RareWarning, phase
-from grao_lightning.faults import Faults, UserError
-from grao_lightning.metrics import Estimate, compare
 from grao_lightning.rewards.missing import MissingWindow
 from grao_lightning.rewards.protocol import RewardSpec, weighted_sum
 from grao_lightning.rewards.scorers import Scorers
-from grao_lightning.step_statistics import StepStatistics
 
 Comparison = Literal["pairwise", "raw"]
 Aggregation = Literal["raw", "normalized"]

@@ -13,9 +13,9 @@ from lightning.pytorch import Callback, Trainer
 
 from grao_lightning.callbacks.scoring import GroupScoring
 from grao_lightning.files import write_whole
-from grao_lightning.metrics import Estimate
+from grao_lightning.metrics.outcomes import Estimate
+from grao_lightning.metrics.pairs import ReliabilityBin
 from grao_lightning.randomness import run_seed
-from grao_lightning.reward_metrics import ReliabilityBin
 
 # row of the table: metric, factor, format
 _ROWS = {

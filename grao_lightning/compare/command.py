@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from grao_lightning.compare.plan import Plan, Run, Settings, read_plan
+from grao_lightning.display.progress import ProgressLine
 from grao_lightning.faults import UserError, extra_fault
-from grao_lightning.progress import ProgressLine
 
 if TYPE_CHECKING:  # numpy, which `--help` need not wait for
     from grao_lightning.compare.report import Comparison

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from grao_lightning.compare.results import Figures
-from grao_lightning.pictures import new_figure, save_figure
+from grao_lightning.display.pictures import new_figure, save_figure
 
 
 def draw_curves(case: str, methods: Mapping[str, Figures], file: Path) -> None:

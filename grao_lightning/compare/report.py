@@ -14,8 +14,8 @@ from typing import Any
 
 from grao_lightning.compare.plots import draw_curves, draw_shares, draw_study
 from grao_lightning.compare.results import Figures, FinishedRun
+from grao_lightning.display.tables import Part, Row, markdown, percent, without_nan
 from grao_lightning.files import write_whole
-from grao_lightning.tables import Part, Row, markdown, percent, without_nan
 
 NUM_ANSWERS = 10
 

@@ -120,7 +120,7 @@ def _resume_or_fit(run: Run, folder: Path) -> None:
 
 
 def _fit(run: Run, folder: Path, checkpoint: Path | None) -> None:
-    from grao_lightning.cli import run as run_command
+    from grao_lightning.command.fit import run as run_command
 
     arguments = [
         *run.arguments,

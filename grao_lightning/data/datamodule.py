@@ -18,7 +18,7 @@ from grao_lightning.data.formats import Example, parse_rows
 from grao_lightning.data.sampler import StepBatchSampler
 from grao_lightning.data.text_pairs import encoder_for
 from grao_lightning.faults import Faults, UserError
-from grao_lightning.models import eos_ids, load_tokenizer
+from grao_lightning.language_model.loading import eos_ids, load_tokenizer
 from grao_lightning.randomness import run_seed
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from grao_lightning.metrics import Estimate, wilson_interval
+from grao_lightning.metrics.outcomes import Estimate, wilson_interval
 
 
 @dataclass(frozen=True)

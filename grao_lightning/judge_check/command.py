@@ -41,8 +41,8 @@ def judge_check_command(arguments: Sequence[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(HELP, end="")
         return 0
+    from grao_lightning.display.logs import configure_logging
     from grao_lightning.judge_check.settings import read_plan
-    from grao_lightning.logs import configure_logging
 
     configure_logging()
     plan = read_plan(arguments)
@@ -63,8 +63,8 @@ def judge_check_command(arguments: Sequence[str]) -> int:
 
 def judge_all(plan: "Plan") -> "list[Judged]":
     """Return what every scorer says; those after an interrupted one are not asked."""
+    from grao_lightning.display.progress import ProgressLine
     from grao_lightning.judge_check.judging import judge
-    from grao_lightning.progress import ProgressLine
 
     settings = plan.settings
     judged: list[Judged] = []

@@ -5,9 +5,9 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from grao_lightning.display.pictures import new_figure, save_figure
 from grao_lightning.judge_check.analysis import Agreement, Figures
-from grao_lightning.metrics import Estimate
-from grao_lightning.pictures import new_figure, save_figure
+from grao_lightning.metrics.outcomes import Estimate
 
 _PANEL, _ROW, _AROUND = 4.2, 0.45, 2.0  # inches
 _SIDES = (("longer", "tab:green", "^", -0.14), ("shorter", "tab:red", "v", 0.14))

@@ -10,14 +10,14 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from grao_lightning.display.tables import Part, Row, markdown, percent, without_nan
 from grao_lightning.files import write_whole
 from grao_lightning.judge_check.analysis import Agreement, Figures, agreement, figures_of
 from grao_lightning.judge_check.judging import Judged
 from grao_lightning.judge_check.plots import draw_check
 from grao_lightning.judge_check.settings import Plan
-from grao_lightning.metrics import Estimate, wilson_interval
+from grao_lightning.metrics.outcomes import Estimate, wilson_interval
 from grao_lightning.rewards.preference import length_alone
-from grao_lightning.tables import Part, Row, markdown, percent, without_nan
 
 _NO_BIAS = "none, by construction"
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
+from grao_lightning.command.parse_errors import explain
 from grao_lightning.data.datamodule import PromptDataModule
 from grao_lightning.faults import Faults, UserError, extra_fault
 from grao_lightning.judge_check.judging import NO_PAIRS, Pairs, TrainPairs, read_pairs
-from grao_lightning.parse_errors import explain
 from grao_lightning.rewards.protocol import RewardFunction, RewardSpec, column_fault
 
 _EXAMPLE = "configs/judge_check.yaml"

@@ -1,1 +1,4 @@
-"""LightningModules: one file a method, on a shared base."""
+"""LightningModules: one file a method, on a shared base.
+
+May never import a command, nor a callback: the checks of a run look at both.
+"""

@@ -7,22 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grao_lightning.advantages import GroupScale, GroupStatistics
 from grao_lightning.batch import PromptBatch, TokenRow
 from grao_lightning.faults import Faults
-from grao_lightning.head import Weigh
-from grao_lightning.logprobs import (
+from grao_lightning.language_model.head import Weigh
+from grao_lightning.language_model.loading import load_model, load_tokenizer, source_fault
+from grao_lightning.language_model.logprobs import (
     MicroBatch,
     TokenLogprobs,
     split_by_tokens,
     token_logprobs,
 )
-from grao_lightning.metrics import GainKind, TiesAs
-from grao_lightning.models import load_model, load_tokenizer, source_fault
+from grao_lightning.language_model.sharing import share_prompts
+from grao_lightning.metrics.outcomes import GainKind, TiesAs
 from grao_lightning.modules.step import StepModule
 from grao_lightning.modules.validation import ValidationMetrics
+from grao_lightning.objectives.advantages import GroupScale, GroupStatistics
 from grao_lightning.objectives.clipping import outward_mask
-from grao_lightning.sharing import share_prompts
 
 WeighFor = Callable[[list[int]], Weigh]  # numbers of a micro-batch's rows -> their tokens' weights
 Beside = Callable[[list[int], TokenLogprobs], Tensor]  # -> loss that is added to the weighted one

@@ -8,8 +8,8 @@ from torch import Tensor
 from grao_lightning.batch import PromptBatch, TokenRow
 from grao_lightning.checks import check_pairs
 from grao_lightning.faults import Faults
-from grao_lightning.head import Weigh, weigh_by_gradient
-from grao_lightning.logprobs import frozen_logprobs, split_together
+from grao_lightning.language_model.head import Weigh, weigh_by_gradient
+from grao_lightning.language_model.logprobs import frozen_logprobs, split_together
 from grao_lightning.modules.base import AlignmentModule
 from grao_lightning.objectives.dpo import DPOKind, DPOSettings, dpo_loss
 

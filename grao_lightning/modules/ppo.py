@@ -10,8 +10,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from grao_lightning.batch import PromptBatch, TokenRow
 from grao_lightning.faults import Faults, UserError
-from grao_lightning.head import head_of
-from grao_lightning.logprobs import TokenLogprobs, at_least_float32, frozen_passes
+from grao_lightning.language_model.head import head_of
+from grao_lightning.language_model.logprobs import TokenLogprobs, at_least_float32, frozen_passes
 from grao_lightning.modules.rollout import RolloutModule, Tokens
 from grao_lightning.objectives.ppo import (
     adapted_kl_weight,

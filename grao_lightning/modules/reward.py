@@ -9,16 +9,22 @@ from torch import Tensor
 from grao_lightning.batch import PromptBatch, TokenRow
 from grao_lightning.checks import check_pairs
 from grao_lightning.faults import Faults, UserError
-from grao_lightning.logprobs import split_together
-from grao_lightning.metrics import Estimate
-from grao_lightning.models import load_classifier, load_tokenizer, source_fault
+from grao_lightning.language_model.loading import load_classifier, load_tokenizer, source_fault
+from grao_lightning.language_model.logprobs import split_together
+from grao_lightning.language_model.scores import (
+    fitted,
+    most_tokens,
+    reading_of,
+    row_scores,
+    with_room,
+)
+from grao_lightning.language_model.sharing import share_prompts, shares_prompts
+from grao_lightning.metrics.outcomes import Estimate
+from grao_lightning.metrics.pairs import PairMetrics, ReliabilityBin
 from grao_lightning.modules.step import StepModule
 from grao_lightning.objectives.bradley_terry import BradleyTerrySettings, bradley_terry_loss
 from grao_lightning.randomness import run_seed
-from grao_lightning.reward_metrics import PairMetrics, ReliabilityBin
 from grao_lightning.rewards.preference import length_alone
-from grao_lightning.scores import fitted, most_tokens, reading_of, row_scores, with_room
-from grao_lightning.sharing import share_prompts, shares_prompts
 
 
 class RewardModule(StepModule):

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from grao_lightning.batch import PromptBatch, TokenRow
 from grao_lightning.faults import Faults
-from grao_lightning.head import Weigh, weigh_by_gradient
-from grao_lightning.logprobs import split_by_tokens
+from grao_lightning.language_model.head import Weigh, weigh_by_gradient
+from grao_lightning.language_model.logprobs import split_by_tokens
 from grao_lightning.modules.base import AlignmentModule, Beside
 from grao_lightning.objectives.ratio import is_clipped
 

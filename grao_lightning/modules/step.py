@@ -11,9 +11,9 @@ from torch import Tensor
 from grao_lightning.batch import PromptBatch
 from grao_lightning.checks import check_run
 from grao_lightning.faults import Faults, UserError
-from grao_lightning.metrics import Estimate
-from grao_lightning.models import first_mismatch
-from grao_lightning.optimizer import MasterWeightsAdamW
+from grao_lightning.language_model.loading import first_mismatch
+from grao_lightning.metrics.outcomes import Estimate
+from grao_lightning.modules.optimizer import MasterWeightsAdamW
 
 Schedule = Literal["constant", "linear", "cosine"]
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from grao_lightning.batch import Completions, PromptBatch
-from grao_lightning.metrics import (
+from grao_lightning.metrics.outcomes import (
     Estimate,
     GainKind,
     MeanWithInterval,

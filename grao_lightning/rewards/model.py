@@ -71,7 +71,7 @@ class RewardModel:
         chat_template: str | None = None,
         plain_text: bool = False,
     ) -> None:
-        from grao_lightning.models import source_fault
+        from grao_lightning.language_model.loading import source_fault
 
         fault = source_fault("model", model)
         if fault:
@@ -122,7 +122,7 @@ class RewardModel:
         """
         import torch
 
-        from grao_lightning.scores import frozen_scores
+        from grao_lightning.language_model.scores import frozen_scores
 
         if len(prompts) != len(completions):
             raise ValueError(
@@ -208,9 +208,9 @@ class RewardModel:
         import torch
 
         from grao_lightning.data.text_pairs import encoder_for
-        from grao_lightning.models import eos_ids, load_classifier, load_tokenizer
-        from grao_lightning.scores import most_tokens, reading_of
-        from grao_lightning.sharing import share_prompts
+        from grao_lightning.language_model.loading import eos_ids, load_classifier, load_tokenizer
+        from grao_lightning.language_model.scores import most_tokens, reading_of
+        from grao_lightning.language_model.sharing import share_prompts
 
         setting = "scoring.rewards: model"
         tokenizer = load_tokenizer(setting, self.source)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from grao_lightning.faults import UserError
-from grao_lightning.metrics import Estimate, wilson_interval
+from grao_lightning.metrics.outcomes import Estimate, wilson_interval
 
 # An n-gram of a single answer says nothing about another one, and there are very many of them.
 _MIN_ANSWERS_PER_NGRAM = 2

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from grao_lightning.faults import Faults, UserError
-from grao_lightning.metrics import Estimate
+from grao_lightning.metrics.outcomes import Estimate
 from grao_lightning.rewards.preference import length_alone
 from grao_lightning.rewards.protocol import (
     RewardFunction,

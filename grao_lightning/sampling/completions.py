@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from grao_lightning.batch import Completions, TokenIds
+from grao_lightning.language_model.sharing import shares_prompts
 from grao_lightning.sampling.draw import Progress, SamplingSettings, draw_tokens
 from grao_lightning.sampling.generate import generate_rows
 from grao_lightning.sampling.shared_prompt import decode_groups
-from grao_lightning.sharing import shares_prompts
 
 
 @torch.no_grad()

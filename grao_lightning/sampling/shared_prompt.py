@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from grao_lightning.attention import flash, merge, under_autocast
 from grao_lightning.batch import TokenIds
-from grao_lightning.head import head_of
+from grao_lightning.language_model.attention import flash, merge, under_autocast
+from grao_lightning.language_model.head import head_of
 from grao_lightning.sampling.draw import Draw, Ended, Progress
 
 # Moving the survivors' caches together costs a copy, so it waits until it frees a quarter of them.

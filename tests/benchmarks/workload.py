@@ -54,7 +54,7 @@ def model_folder(source: str, folder: Path, *, layers: int | None) -> Path:
         folder: Written to.
         layers: Keep only the first so many, for curves; None = all.
     """
-    from grao_lightning.models import load_model, load_tokenizer
+    from grao_lightning.language_model.loading import load_model, load_tokenizer
 
     model, tokenizer = load_model("--model", source), load_tokenizer("--model", source)
     if not tokenizer.chat_template:

@@ -11,7 +11,7 @@ from grao_lightning.batch import Completions, PromptBatch
 from grao_lightning.callbacks import sampling as stage
 from grao_lightning.callbacks.sampling import GroupSampling
 from grao_lightning.embedded.base import keyword_tokenizer
-from grao_lightning.models import eos_ids
+from grao_lightning.language_model.loading import eos_ids
 from grao_lightning.sampling.draw import SamplingSettings, row_uniforms
 
 

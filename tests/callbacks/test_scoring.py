@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from grao_lightning.advantages import group_advantages
 from grao_lightning.batch import Completions, PromptBatch
 from grao_lightning.callbacks.checkpoint import LastCheckpoint
 from grao_lightning.callbacks.scoring import GroupScoring
 from grao_lightning.faults import UserError
+from grao_lightning.objectives.advantages import group_advantages
 from grao_lightning.rewards.protocol import RewardSpec
 from tests.runs import fit, stages
 

@@ -8,7 +8,7 @@ from grao_lightning import GRAOModule
 from grao_lightning.callbacks.panels import TensorBoardPanels
 from grao_lightning.callbacks.sampling import GroupSampling
 from grao_lightning.callbacks.summary import RunSummary, summary_table
-from grao_lightning.metrics import Estimate
+from grao_lightning.metrics.outcomes import Estimate
 from tests.runs import fit, stages
 
 VALIDATED = {"limit_val_batches": 1.0, "val_check_interval": 2, "max_steps": 4}

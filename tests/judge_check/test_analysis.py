@@ -9,7 +9,7 @@ from scipy.stats import spearmanr
 from sklearn.metrics import cohen_kappa_score
 
 from grao_lightning.judge_check.analysis import agreement, figures_of, length_correlation
-from grao_lightning.metrics import wilson_interval
+from grao_lightning.metrics.outcomes import wilson_interval
 
 NAN = math.nan
 #      chosen longer: 2 wins, 1 tie, 1 loss, 1 missing | shorter: 1 win, 2 losses | equal: win, tie

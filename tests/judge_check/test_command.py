@@ -16,7 +16,7 @@ import yaml
 from grao_lightning.__main__ import main
 from grao_lightning.judge_check.command import HELP
 from grao_lightning.judge_check.settings import Settings, make_parser
-from grao_lightning.metrics import wilson_interval
+from grao_lightning.metrics.outcomes import wilson_interval
 from tests.rewards.judge.scripted_server import Question, Reply, serving
 
 SCORERS = '''

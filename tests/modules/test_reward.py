@@ -14,12 +14,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from grao_lightning import GroupSampling, GroupScoring, PromptDataModule, ReferenceAwareClipping
 from grao_lightning.data.formats import Example
 from grao_lightning.faults import UserError
-from grao_lightning.metrics import wilson_interval
+from grao_lightning.language_model.scores import row_scores
+from grao_lightning.language_model.sharing import shares_prompts
+from grao_lightning.metrics.outcomes import wilson_interval
 from grao_lightning.modules.reward import RewardModule
 from grao_lightning.rewards.preference import length_alone
 from grao_lightning.rewards.protocol import RewardSpec
-from grao_lightning.scores import row_scores
-from grao_lightning.sharing import shares_prompts
 from tests.encoders import tiny_encoder_folder
 from tests.runs import SCORE, fit, largest_difference, trainer, two_ranks, weights
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from grao_lightning.advantages import group_advantages
+from grao_lightning.objectives.advantages import group_advantages
 from grao_lightning.objectives.grao import (
     GRAOTerms,
     GRAOWeights,

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.test_scores import tiny_classifier
 
-import grao_lightning.models
+import grao_lightning.language_model.loading
 from grao_lightning.data.encoding import PromptEncoder, conversation_text
 from grao_lightning.embedded.base import keyword_tokenizer
 from grao_lightning.faults import UserError
 from grao_lightning.rewards.model import RewardModel
 from grao_lightning.rewards.protocol import RewardSpec, call_rewards
 from tests.encoders import tiny_encoder_folder
-from tests.test_scores import tiny_classifier
 
 TURNS = [
     {"role": "user", "content": "apple river"},
@@ -208,13 +208,13 @@ def test_an_encoder_scores_nothing_beyond_its_positions(encoder_folder):
 
 def test_it_is_loaded_once_at_its_first_call_and_stays_frozen(decoder_folder, monkeypatch):
     loads = []
-    original = grao_lightning.models._load
+    original = grao_lightning.language_model.loading._load
 
     def counted(*arguments, **options):
         loads.append(arguments)
         return original(*arguments, **options)
 
-    monkeypatch.setattr(grao_lightning.models, "_load", counted)
+    monkeypatch.setattr(grao_lightning.language_model.loading, "_load", counted)
     model = RewardModel(decoder_folder)
     assert not loads
     for _ in range(2):
@@ -266,7 +266,9 @@ def test_a_model_without_a_trained_head_is_refused(tmp_path):
 def test_arguments_that_cannot_work_are_told_before_anything_loads(
     decoder_folder, monkeypatch, arguments, message
 ):
-    monkeypatch.setattr(grao_lightning.models, "_load", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(
+        grao_lightning.language_model.loading, "_load", lambda *_, **__: pytest.fail("loaded")
+    )
     with pytest.raises(ValueError, match=message):
         RewardModel(**{"model": decoder_folder, **arguments})
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from grao_lightning.metrics import wilson_interval
+from grao_lightning.metrics.outcomes import wilson_interval
 from grao_lightning.rewards.preference import NGramPreference, length_alone
 from grao_lightning.rewards.protocol import call_rewards, columns_asked_for
 

@@ -5,9 +5,9 @@ import torch
 from scipy import stats
 
 from grao_lightning.embedded.base import keyword_tokenizer
+from grao_lightning.language_model.sharing import share_prompts
 from grao_lightning.sampling.completions import generation_mode, sample_completions
 from grao_lightning.sampling.draw import SamplingSettings, row_uniforms
-from grao_lightning.sharing import share_prompts
 from tests.conftest import tiny_model
 
 G, T = 3, 10

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from grao_lightning.embedded.base import keyword_tokenizer
+from grao_lightning.language_model.sharing import share_prompts
 from grao_lightning.sampling.completions import sample_completions
 from grao_lightning.sampling.draw import SamplingSettings, row_uniforms
 from grao_lightning.sampling.shared_prompt import _Groups
-from grao_lightning.sharing import share_prompts
 from tests.conftest import tiny_model
 
 PROMPTS = [[1, 5, 6, 7, 8, 2], [1, 9], [1, 10, 11, 12, 2], [4]]

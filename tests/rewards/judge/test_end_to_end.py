@@ -27,7 +27,7 @@ pytest.importorskip("openai")
 ROOT = Path(__file__).parents[3]
 CONVERT = """
 import sys
-from grao_lightning.models import load_model, load_tokenizer
+from grao_lightning.language_model.loading import load_model, load_tokenizer
 
 load_model("policy", sys.argv[1]).save_pretrained(sys.argv[2])
 load_tokenizer("policy", sys.argv[1]).save_pretrained(sys.argv[2])

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from grao_lightning.advantages import group_advantages
+from grao_lightning.objectives.advantages import group_advantages
 
 NAN = math.nan
 

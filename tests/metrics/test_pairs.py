@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from grao_lightning.metrics import wilson_interval
-from grao_lightning.reward_metrics import (
+from grao_lightning.metrics.outcomes import wilson_interval
+from grao_lightning.metrics.pairs import (
     PairMetrics,
     calibration_error,
     pair_accuracy,

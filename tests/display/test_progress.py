@@ -4,8 +4,8 @@ import io
 
 import pytest
 
-from grao_lightning import progress
-from grao_lightning.progress import ProgressLine
+from grao_lightning.display import progress
+from grao_lightning.display.progress import ProgressLine
 
 
 class Terminal(io.StringIO):

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from grao_lightning.metrics import Estimate, mean_interval, wilson_interval
+from grao_lightning.metrics.outcomes import Estimate, mean_interval, wilson_interval
 
 _Z = 1.959964  # 97.5 % quantile of the normal distribution
 BINS = 10

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from grao_lightning import masked
-from grao_lightning.attention import TreeLayout
 from grao_lightning.batch import TokenRow
-from grao_lightning.packing import Pack, pack_rows
+from grao_lightning.language_model import masked
+from grao_lightning.language_model.attention import TreeLayout
+from grao_lightning.language_model.packing import Pack, pack_rows
 
 CPU = torch.device("cpu")
 #: (length of the prompt, lengths of its answers) of every segment; a branch is one shorter.

@@ -44,7 +44,7 @@ def export(ckpt_path: str, output: str, policy: str | None = None) -> None:
     Raises:
         UserError: The checkpoint cannot be read or does not fit, or the folder is in use.
     """
-    from grao_lightning.models import (
+    from grao_lightning.language_model.loading import (
         checkpoint_fault,
         first_mismatch,
         load_classifier,

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from grao_lightning.step_statistics import StepStatistics
+from grao_lightning.metrics.step_statistics import StepStatistics
 
 
 def over_ranks(*ranks: StepStatistics) -> dict[str, float]:

@@ -14,11 +14,11 @@ import torch
 import yaml
 from lightning.pytorch import LightningModule
 
-import grao_lightning.models
+import grao_lightning.language_model.loading
 from grao_lightning import GRAOModule, __version__
 from grao_lightning.__main__ import main
+from grao_lightning.command.parse_errors import unknown_setting
 from grao_lightning.faults import UserError
-from grao_lightning.parse_errors import unknown_setting
 from tests.conftest import tiny_model
 from tests.runs import fit, stages, trainer
 
@@ -66,7 +66,7 @@ def no_model(monkeypatch):
     def load(*_: Any, **__: Any) -> None:
         pytest.fail("a model was loaded")
 
-    monkeypatch.setattr(grao_lightning.models, "_load", load)
+    monkeypatch.setattr(grao_lightning.language_model.loading, "_load", load)
 
 
 @pytest.fixture
@@ -144,7 +144,7 @@ except SystemExit:
     assert "--sampling.group_size" in "\n".join(text)
     assert "--optimizer" not in "\n".join(text), "the module makes its own optimiser"
     names = set(loaded.split())
-    assert "grao_lightning.cli" in names
+    assert "grao_lightning.command.fit" in names
     heavy = {"datasets", "pandas", "pyarrow", "sklearn", "scipy", "transformers.modeling_utils"}
     assert not heavy & names
 
@@ -249,7 +249,7 @@ def test_a_reward_model_is_trained_exported_and_serves_as_a_reward(grao, quickst
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     from grao_lightning import PromptDataModule, RewardModel, RewardModule
-    from grao_lightning.scores import row_scores
+    from grao_lightning.language_model.scores import row_scores
 
     Path("reward.yaml").write_text(yaml.safe_dump(REWARD))
     status, text, errors = grao("fit", "--config", "reward.yaml")
@@ -320,8 +320,8 @@ def test_the_configs_of_reward_models_are_whole(grao, repository, name):
 def test_a_decoder_is_exported_with_a_padding_token_that_ends_no_answer(tmp_path):
     from types import SimpleNamespace
 
+    from grao_lightning.command.export import _give_padding
     from grao_lightning.embedded.base import keyword_tokenizer
-    from grao_lightning.export import _give_padding
 
     tokenizer = keyword_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
@@ -531,7 +531,9 @@ def test_a_missing_model_is_a_fault(complaint, no_model, source):
 
 def test_a_damaged_model_folder_is_one_error_with_the_fix(complaint):
     tiny_model("Llama").save_pretrained("damaged")
-    grao_lightning.models.load_tokenizer("x", "embedded:keywords").save_pretrained("damaged")
+    grao_lightning.language_model.loading.load_tokenizer("x", "embedded:keywords").save_pretrained(
+        "damaged"
+    )
     Path("damaged/model.safetensors").write_bytes(b"no weights")
     text = complaint({"model.init_args.policy": "./damaged"})
     assert text.startswith("model.policy: cannot load './damaged': ")
@@ -733,7 +735,9 @@ def test_what_is_no_checkpoint_is_refused_by_every_command(
 
 def test_a_checkpoint_of_another_policy_is_refused(complaint, grao, checkpoint):
     tiny_model("Llama").save_pretrained("other")
-    grao_lightning.models.load_tokenizer("x", "embedded:keywords").save_pretrained("other")
+    grao_lightning.language_model.loading.load_tokenizer("x", "embedded:keywords").save_pretrained(
+        "other"
+    )
     changes = {"model.init_args.policy": "./other"}
     text = complaint(changes, "--ckpt_path", str(checkpoint), command="validate")
     assert text.startswith("ckpt_path: the checkpoint is not of model.policy=./other; name the")

@@ -19,11 +19,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from grao_lightning.attention import TreeLayout
 from grao_lightning.batch import TokenRow
-from grao_lightning.logprobs import at_least_float32, split_padded
-from grao_lightning.packing import pack_rows, split_into_packs
-from grao_lightning.sharing import shares_prompts
+from grao_lightning.language_model.attention import TreeLayout
+from grao_lightning.language_model.logprobs import at_least_float32, split_padded
+from grao_lightning.language_model.packing import pack_rows, split_into_packs
+from grao_lightning.language_model.sharing import shares_prompts
 
 Reading = Literal["last token", "masked", "one by one"]
 

@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
-from grao_lightning.attention import TreeLayout
 from grao_lightning.batch import TokenRow
-from grao_lightning.head import Head, head_loss
-from grao_lightning.logprobs import split_padded, token_logprobs
-from grao_lightning.packing import pack_rows, riders, split_into_packs
-from grao_lightning.sharing import share_prompts
+from grao_lightning.language_model.attention import TreeLayout
+from grao_lightning.language_model.head import Head, head_loss
+from grao_lightning.language_model.logprobs import split_padded, token_logprobs
+from grao_lightning.language_model.packing import pack_rows, riders, split_into_packs
+from grao_lightning.language_model.sharing import share_prompts
 from tests.conftest import VOCABULARY, tiny_model
 from tests.memory import peak_memory
 
@@ -136,7 +136,7 @@ def test_logits_of_the_vocabulary_exist_for_one_chunk_only(monkeypatch, shared):
     """The largest tensor that any operation makes must not be [tokens, V]."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from grao_lightning import head
+    from grao_lightning.language_model import head
 
     class LargestTensor(TorchDispatchMode):
         largest = 0
@@ -395,7 +395,7 @@ def test_bfloat16_gradients_of_packs_are_as_near_to_float32_as_those_of_padded_r
 
 def test_the_heads_gradient_is_summed_up_in_float32(monkeypatch):
     """In bfloat16 a sum of ones stays at 256."""
-    monkeypatch.setattr("grao_lightning.head.CHUNK_TOKENS", 1)
+    monkeypatch.setattr("grao_lightning.language_model.head.CHUNK_TOKENS", 1)
     states = torch.ones(400, 1, dtype=torch.bfloat16)
     weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
     targets, twice = torch.zeros(400, dtype=torch.long), torch.full((400,), 2.0)

@@ -8,8 +8,14 @@ import torch
 import transformers
 
 from grao_lightning.batch import TokenRow
-from grao_lightning.scores import fitted, frozen_scores, most_tokens, reading_of, row_scores
-from grao_lightning.sharing import share_prompts
+from grao_lightning.language_model.scores import (
+    fitted,
+    frozen_scores,
+    most_tokens,
+    reading_of,
+    row_scores,
+)
+from grao_lightning.language_model.sharing import share_prompts
 
 EOS = 2
 ROWS = [

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grao_lightning.attention import TreeLayout
 from grao_lightning.batch import TokenRow
-from grao_lightning.head import Weigh, head_loss, head_of
-from grao_lightning.packing import pack_rows, riders, split_into_packs
-from grao_lightning.sharing import shares_prompts
+from grao_lightning.language_model.attention import TreeLayout
+from grao_lightning.language_model.head import Weigh, head_loss, head_of
+from grao_lightning.language_model.packing import pack_rows, riders, split_into_packs
+from grao_lightning.language_model.sharing import shares_prompts
 
 
 @dataclass(frozen=True)

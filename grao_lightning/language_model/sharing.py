@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from grao_lightning.attention import SHARED, TreeLayout, register
 from grao_lightning.batch import TokenRow
-from grao_lightning.head import head_of
-from grao_lightning.packing import pack_rows
+from grao_lightning.language_model.attention import SHARED, TreeLayout, register
+from grao_lightning.language_model.head import head_of
+from grao_lightning.language_model.packing import pack_rows
 
 log = logging.getLogger(__name__)
 

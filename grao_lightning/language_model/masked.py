@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grao_lightning.batch import TokenRow
-from grao_lightning.packing import Pack, pack_rows
+from grao_lightning.language_model.packing import Pack, pack_rows
 
 log = logging.getLogger(__name__)
 

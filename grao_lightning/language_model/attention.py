@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from grao_lightning import masked
-from grao_lightning.packing import Pack, Segment
+from grao_lightning.language_model import masked
+from grao_lightning.language_model.packing import Pack, Segment
 
 SHARED = "grao_shared_prompt"
 

@@ -5,7 +5,7 @@ import torch
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from grao_lightning.optimizer import MasterWeightsAdamW
+from grao_lightning.modules.optimizer import MasterWeightsAdamW
 
 OPTIONS = {"lr": 1e-3, "weight_decay": 0.1, "betas": (0.8, 0.9), "fused": True}
 
@@ -42,7 +42,7 @@ def same(left, right) -> bool:
 def test_weights_are_those_of_adamw_in_float32_rounded_at_every_rate_of_a_schedule(
     at_once, monkeypatch
 ):
-    monkeypatch.setattr("grao_lightning.optimizer.AT_ONCE", at_once)
+    monkeypatch.setattr("grao_lightning.modules.optimizer.AT_ONCE", at_once)
     rounded, whole = parameters(), parameters(torch.float32)
     optimizers = [MasterWeightsAdamW(rounded, **OPTIONS), AdamW(whole, **OPTIONS)]
     schedules = [LambdaLR(optimizer, lambda step: 1 / (1 + step)) for optimizer in optimizers]

@@ -22,12 +22,12 @@ from grao_lightning.callbacks.sampling import GroupSampling
 from grao_lightning.callbacks.scoring import GroupScoring
 from grao_lightning.callbacks.summary import RunSummary
 from grao_lightning.checks import run_faults
+from grao_lightning.command.parse_errors import explain
 from grao_lightning.data.datamodule import PromptDataModule
+from grao_lightning.display.logs import configure_logging
 from grao_lightning.faults import Faults, UserError
-from grao_lightning.logs import configure_logging
-from grao_lightning.models import checkpoint_fault
+from grao_lightning.language_model.loading import checkpoint_fault
 from grao_lightning.modules.step import StepModule
-from grao_lightning.parse_errors import explain
 
 _QUIET = (
     # Manual optimisation: the checkpoint is taken after the step, whatever the note says.

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from grao_lightning.metrics import (
+from grao_lightning.metrics.outcomes import (
     Estimate,
     MeanWithInterval,
     NormalizedAlignmentGain,
@@ -326,7 +326,7 @@ RANK = """
 import sys
 import torch
 import torch.distributed as dist
-from grao_lightning.metrics import *
+from grao_lightning.metrics.outcomes import *
 
 rank, rendezvous = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method="file://" + rendezvous, rank=rank, world_size=2)
@@ -352,7 +352,7 @@ def test_uneven_shards_on_two_ranks_give_the_figures_of_one_process(tmp_path: Pa
     ranks = [
         subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", RANK, str(rank), str(tmp_path / "rendezvous")],
-            cwd=Path(__file__).parents[1],
+            cwd=Path(__file__).parents[2],
             stdout=subprocess.PIPE,
             text=True,
         )

@@ -2,7 +2,7 @@
 
 import math
 
-from grao_lightning.tables import markdown, percent, without_nan
+from grao_lightning.display.tables import markdown, percent, without_nan
 
 
 def test_columns_are_aligned_but_for_the_last_and_cells_stay_cells():
