@@ -5,14 +5,16 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from grao_lightning import __version__
 from grao_lightning.faults import Faults, UserError
+
+_Block = TypeVar("_Block", bound=Any)  # a dataclass of settings
 
 Settings = dict[str, Any]  # dotted name -> value, as on the command line of ``grao fit``
 
@@ -28,7 +30,7 @@ _KNOWN = (
 class Method:
     """A config of ``grao fit`` and what is changed in it."""
 
-    config: Path
+    config: Path = Path()
     settings: Settings = field(default_factory=dict)
 
 
@@ -43,9 +45,9 @@ class Sweep:
         case: The one that decides for all; None: each case for itself.
     """
 
-    seeds: list[int]
-    metric: str
-    trials: dict[str, list[Settings]]
+    seeds: list[int] = field(default_factory=list)
+    metric: str = "ras"
+    trials: dict[str, list[Settings]] = field(default_factory=dict)
     case: str | None = None
 
 
@@ -53,7 +55,7 @@ class Sweep:
 class Entry:
     """One row of a study."""
 
-    method: str
+    method: str = ""
     settings: Settings = field(default_factory=dict)
 
 
@@ -61,8 +63,8 @@ class Entry:
 class Study:
     """A table of its own: methods with further settings, in one case."""
 
-    case: str
-    entries: dict[str, Entry]
+    case: str = ""
+    entries: dict[str, Entry] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,7 @@ def read_plan(path: str, output: str | None = None, jobs: int | None = None) -> 
     if not isinstance(content, dict):
         raise UserError(f"--config: {path} must hold settings; got {type(content).__name__}")
     faults = Faults()
-    _part("", content, _KNOWN, faults)
+    _note_unknown("", content, _KNOWN, faults)
     content |= {
         name: value for name, value in (("output", output), ("jobs", jobs)) if value is not None
     }
@@ -201,7 +203,7 @@ def read_plan(path: str, output: str | None = None, jobs: int | None = None) -> 
         if not content.get(name):
             faults.add(f"{name} must be set; got nothing")
     for name in ("cases", "methods", "studies"):
-        _part(f"{name}.", content.get(name) or {}, None, faults)
+        _part(name, content.get(name) or {}, None, faults)
     faults.raise_if_any(f"in {path}")
     plan = _plan(content, faults)
     faults.raise_if_any(f"in {path}")
@@ -211,42 +213,41 @@ def read_plan(path: str, output: str | None = None, jobs: int | None = None) -> 
 
 
 def _plan(content: dict[str, Any], faults: Faults) -> Plan:
-    methods = {}
-    for name, method in content["methods"].items():
-        part = _part(f"methods.{name}.", method, ("config", "settings"), faults)
-        methods[name] = Method(Path(part.get("config", "")), part.get("settings") or {})
-    sweep = None
-    if content.get("sweep") is not None:
-        part = _part("sweep.", content["sweep"], ("seeds", "metric", "trials", "case"), faults)
-        sweep = Sweep(
-            part.get("seeds") or [],
-            part.get("metric", "ras"),
-            _part("sweep.trials.", part.get("trials") or {}, None, faults),
-            part.get("case"),
-        )
-    studies = {}
-    for name, study in (content.get("studies") or {}).items():
-        part = _part(f"studies.{name}.", study, ("case", "entries"), faults)
-        rows = _part(f"studies.{name}.entries.", part.get("entries") or {}, None, faults)
-        entries = {}
-        for label, entry in rows.items():
-            known = _part(f"studies.{name}.{label}.", entry, ("method", "settings"), faults)
-            entries[label] = Entry(known.get("method", ""), known.get("settings") or {})
-        studies[name] = Study(part.get("case", ""), entries)
+    methods = _blocks("methods", content["methods"], Method, faults)
+    studies = _blocks("studies", content.get("studies"), Study, faults)
+    for name, study in studies.items():
+        entries = _blocks(f"studies.{name}.entries", study.entries, Entry, faults)
+        studies[name] = replace(study, entries=entries)
+    sweep = content.get("sweep")
+    if sweep is not None:
+        sweep = _block("sweep", sweep, Sweep, faults)
+        _part("sweep.trials", sweep.trials, None, faults)
     return Plan(
         output=Path(content["output"]),
         jobs=content.get("jobs", 1),
         seeds=content["seeds"],
         against=content.get("against", next(iter(methods))),
         cases={
-            name: _part(f"cases.{name}.", settings or {}, None, faults)
+            name: _part(f"cases.{name}", settings or {}, None, faults)
             for name, settings in content["cases"].items()
         },
-        methods=methods,
+        methods={name: replace(part, config=Path(part.config)) for name, part in methods.items()},
         sweep=sweep,
         studies=studies,
         keep_checkpoints=bool(content.get("keep_checkpoints", False)),
     )
+
+
+def _blocks(where: str, content: Any, kind: type[_Block], faults: Faults) -> dict[str, _Block]:
+    """Return the blocks of a part of the file, by name."""
+    parts = _part(where, content or {}, None, faults)
+    return {name: _block(f"{where}.{name}", part, kind, faults) for name, part in parts.items()}
+
+
+def _block(where: str, content: Any, kind: type[_Block], faults: Faults) -> _Block:
+    """Return settings as the dataclass that holds them; what is not set has its default."""
+    part = _part(where, content, [field.name for field in fields(kind)], faults)
+    return kind(**{name: value for name, value in part.items() if value is not None})
 
 
 def _check(plan: Plan, faults: Faults) -> None:
@@ -298,14 +299,18 @@ def _check_sweep(plan: Plan, sweep: Sweep, faults: Faults) -> None:
 
 
 def _part(where: str, content: Any, known: Iterable[str] | None, faults: Faults) -> dict[str, Any]:
-    """Return a part of the file, empty where it is none; with ``known``, note other names."""
+    """Return a part of the file, with ``known`` what it knows of it; empty where it is none."""
     if not isinstance(content, dict):
-        faults.add(f"{where.rstrip('.')} must hold settings; got {content!r}")
+        faults.add(f"{where} must hold settings; got {content!r}")
         return {}
-    for name in content:
-        if known is not None and name not in known:
-            faults.add(_unknown(f"{where}{name}", name, known))
-    return content
+    if known is None:
+        return content
+    _note_unknown(f"{where}.", content, known, faults)
+    return {name: value for name, value in content.items() if name in known}
+
+
+def _note_unknown(where: str, content: Iterable[str], known: Iterable[str], faults: Faults) -> None:
+    faults.add(*(_unknown(f"{where}{name}", name, known) for name in content if name not in known))
 
 
 def _unknown(setting: str, name: str, known: Iterable[str]) -> str:

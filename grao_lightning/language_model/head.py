@@ -45,6 +45,10 @@ class Head:
             logits = logits * self.scale
         return self.cap * torch.tanh(logits / self.cap) if self.cap else logits
 
+    def slope(self, logits: Tensor) -> Tensor | None:
+        """Return the cap's slope at capped logits, of their shape; None without a cap."""
+        return None if self.cap is None else (logits / self.cap).square_().neg_().add_(1)
+
 
 def head_of(model: Any) -> Head | None:
     """Return the head of a Hugging Face causal language model, None if it cannot be told.
@@ -100,6 +104,53 @@ def weigh_by_gradient(loss: Callable[[slice, Tensor], Tensor]) -> Weigh:
     return weigh
 
 
+class _HeadGradients:
+    """Sums up the gradients of states, weight and bias, chunk by chunk.
+
+    Args:
+        head: In the precision of the products.
+        states: [K, H].
+        weight: [V, H] as the model holds it, None where it is frozen.
+        bias: [V] as the model holds it, or None.
+        exact: Precision of the sums.
+    """
+
+    def __init__(
+        self, head: Head, states: Tensor, weight: Tensor | None, bias: Tensor | None, exact: Any
+    ) -> None:
+        self._head, self._weight, self._bias = head, weight, bias
+        self._to_states = torch.empty_like(states)
+        self._to_weight = None if weight is None else torch.zeros_like(weight, dtype=exact)
+        self._to_bias = None if bias is None else torch.zeros_like(bias, dtype=exact)
+
+    def add(self, part: slice, chunk: Tensor, gradient: Tensor) -> None:
+        """Take in the gradient of the logits of some tokens.
+
+        Args:
+            part: The tokens.
+            chunk: Their states, in the precision of the products.
+            gradient: [tokens, V], in the precision of the sums.
+        """
+        lowered = gradient.to(chunk.dtype)
+        self._to_states[part] = (lowered @ self._head.weight).to(self._to_states.dtype)
+        if self._to_weight is not None and chunk.dtype == gradient.dtype:
+            self._to_weight.addmm_(lowered.t(), chunk)
+        elif self._to_weight is not None:
+            for first in range(0, len(self._to_weight), _BLOCK_ROWS):
+                block = slice(first, first + _BLOCK_ROWS)
+                self._to_weight[block] += lowered[:, block].t() @ chunk
+        if self._to_bias is not None:
+            self._to_bias += gradient.sum(dim=0)
+
+    def of_inputs(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return the gradients of states, weight and bias, each in its own precision."""
+        pairs = ((self._to_weight, self._weight), (self._to_bias, self._bias))
+        to_weight, to_bias = (
+            None if sums is None or own is None else sums.to(own.dtype) for sums, own in pairs
+        )
+        return self._to_states, to_weight, to_bias
+
+
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -112,60 +163,41 @@ class _HeadLoss(torch.autograd.Function):
         temperature: float,
         weigh: Weigh | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        scale, cap = shape
         dtype = _compute_dtype(states)
         # Cast once here, not once a chunk as autocast would.
-        lowered = weight.to(dtype)
-        head = Head(lowered, None if bias is None else bias.to(dtype), scale, cap)
+        head = Head(weight.to(dtype), None if bias is None else bias.to(dtype), *shape)
         exact = torch.promote_types(dtype, torch.float32)
         logprobs = torch.empty(len(targets), dtype=exact, device=states.device)
         entropies = torch.empty_like(logprobs)
         loss = logprobs.new_zeros(())
-        to_states, to_weight, to_bias = None, None, None
+        gradients = None
         if weigh is not None:
-            to_states = torch.empty_like(states)
-            if ctx.needs_input_grad[1]:  # a frozen head under LoRA needs none
-                to_weight = torch.zeros(weight.shape, dtype=exact, device=weight.device)
-            to_bias = None if bias is None else torch.zeros_like(bias, dtype=exact)
+            # A frozen head under LoRA needs no gradient.
+            trained = weight if ctx.needs_input_grad[1] else None
+            gradients = _HeadGradients(head, states, trained, bias, exact)
         with torch.autocast(states.device.type, enabled=False):
             for start in range(0, len(targets), CHUNK_TOKENS):
                 part = slice(start, min(start + CHUNK_TOKENS, len(targets)))
                 chunk = states[part].to(dtype)
                 logits = head.logits(chunk).to(exact)
-                capped = None if cap is None else (logits / cap).square_().neg_().add_(1)
+                slope = head.slope(logits)
                 everyone = torch.log_softmax(logits.div_(temperature), dim=-1)
                 logprobs[part] = everyone.gather(1, targets[part, None])[:, 0]
                 probabilities = torch.exp(everyone, out=logits)
                 everyone.mul_(probabilities).nan_to_num_(0.0)
                 entropies[part] = -everyone.sum(dim=-1)
-                if weigh is None:
+                if gradients is None or weigh is None:
                     continue
-                assert to_states is not None
                 weights = weigh(part, logprobs[part]).to(exact)[:, None]
                 # d(-w log p) / d logits = w (p - onehot) / temperature
                 gradient = probabilities.mul_(weights)
                 gradient.scatter_add_(1, targets[part, None], -weights)
-                gradient.mul_(scale / temperature)
-                if capped is not None:
-                    gradient.mul_(capped)
-                lowered_gradient = gradient.to(dtype)
-                to_states[part] = (lowered_gradient @ lowered).to(states.dtype)
-                if to_weight is None:
-                    pass
-                elif dtype == exact:
-                    to_weight.addmm_(lowered_gradient.t(), chunk)
-                else:
-                    for first in range(0, len(to_weight), _BLOCK_ROWS):
-                        block = slice(first, first + _BLOCK_ROWS)
-                        to_weight[block] += lowered_gradient[:, block].t() @ chunk
-                if to_bias is not None:
-                    to_bias += gradient.sum(dim=0)
+                gradient.mul_(head.scale / temperature)
+                if slope is not None:
+                    gradient.mul_(slope)
+                gradients.add(part, chunk, gradient)
                 loss -= (weights[:, 0] * logprobs[part]).sum()
-        ctx.gradients = (
-            to_states,
-            None if to_weight is None else to_weight.to(weight.dtype),
-            None if to_bias is None or bias is None else to_bias.to(bias.dtype),
-        )
+        ctx.gradients = (None, None, None) if gradients is None else gradients.of_inputs()
         ctx.mark_non_differentiable(logprobs, entropies)
         return loss, logprobs, entropies
 

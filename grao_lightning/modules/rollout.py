@@ -41,6 +41,41 @@ class Tokens:
         return torch.cat([values[number] for number in self.numbers])[self._part]
 
 
+class _RolloutLoss:
+    """The loss of a rollout's tokens, summed up as it is formed.
+
+    Args:
+        token_loss: Of tokens, weighted.
+        rows: Of the rollout.
+        old_logprobs: One [T] tensor a row, under the policy that sampled; None: those of the
+            forward pass at hand.
+
+    Attributes:
+        total: The loss so far.
+    """
+
+    def __init__(
+        self, token_loss: TokenLoss, rows: Sequence[TokenRow], old_logprobs: list[Tensor] | None
+    ) -> None:
+        self._token_loss = token_loss
+        self._lengths = torch.tensor([len(row.answer_ids) for row in rows])
+        self.old_logprobs = old_logprobs
+        self.total = 0.0
+
+    def weigh_for(self, numbers: list[int]) -> Weigh:
+        """Return the weights of the tokens of the rows ``numbers``."""
+
+        def loss(part: slice, logprobs: Tensor) -> Tensor:
+            tokens, old = Tokens(numbers, self._lengths, part), logprobs.detach()
+            if self.old_logprobs is not None:
+                old = tokens.of_tokens(self.old_logprobs)
+            value = self._token_loss(tokens, logprobs, old).sum()
+            self.total += value.item()
+            return value
+
+        return weigh_by_gradient(loss)
+
+
 class RolloutModule(AlignmentModule):
     """Takes several optimiser steps on each rollout; the trainer counts them as one step.
 
@@ -113,24 +148,10 @@ class RolloutModule(AlignmentModule):
             beside: Further loss on a micro-batch.
         """
         rows = self.rows(batch)
-        lengths = torch.tensor([len(row.answer_ids) for row in rows])
+        loss = _RolloutLoss(token_loss, rows, old_logprobs)
         note = batch.statistics.mean
         for name in ("clip_ratio/low_mean", "clip_ratio/high_mean"):
             note(name, torch.empty(0))  # all ranks note it, signal or not
-        total = 0.0
-
-        def weigh_for(numbers: list[int]) -> Weigh:
-            def loss(part: slice, logprobs: Tensor) -> Tensor:
-                nonlocal total
-                tokens, old = Tokens(numbers, lengths, part), logprobs.detach()
-                if old_logprobs is not None:
-                    old = tokens.of_tokens(old_logprobs)
-                value = token_loss(tokens, logprobs, old).sum()
-                total += value.item()
-                return value
-
-            return weigh_by_gradient(loss)
-
         for number in range(self.updates_per_rollout):
             if number:
                 self.update()
@@ -138,14 +159,14 @@ class RolloutModule(AlignmentModule):
                 self.policy, rows, needs_gradient.tolist(), self.micro_batch_tokens
             )
             collected = self.accumulate(
-                rows, micro_batches, weigh_for, weigh_rows=weigh_rows, beside=beside
+                rows, micro_batches, loss.weigh_for, weigh_rows=weigh_rows, beside=beside
             )
             if number == 0:
                 batch.policy_logprobs = collected.logprobs
-                old_logprobs = old_logprobs or collected.logprobs
+                loss.old_logprobs = old_logprobs or collected.logprobs
                 note("entropy", torch.cat(collected.entropies))
         share_of_rank = torch.tensor(self.updates_per_rollout / self.trainer.world_size)
-        batch.statistics.share("loss", torch.tensor(total), share_of_rank)
+        batch.statistics.share("loss", torch.tensor(loss.total), share_of_rank)
 
     def note_clipped(self, batch: PromptBatch, ratio: Tensor, advantages: Tensor) -> None:
         """Note the shares of tokens that the clipped ratio, [K], leaves without gradient."""

@@ -21,9 +21,8 @@ def group_advantages(
 ) -> Tensor:
     """Return the advantage of every completion and of the reference answer within its group.
 
-    ``A = (R - mean) / std``, per group.
-
-    Source: arXiv 2508.07750, equation 4. The paper leaves open whose rewards enter mean and std:
+    Source: arXiv 2508.07750, equation 4: ``A = (R - mean) / std``. The paper leaves open
+    whose rewards enter mean and std:
 
     - ``"inside"``: the G completions and the reference answer. Then the advantages of a group sum
       to 0 and their squares to the number of members.
@@ -49,32 +48,19 @@ def group_advantages(
         ValueError: ``statistics`` or ``scale`` is none of the above, or rewards are not [B, G+1]
             with G >= 1.
 
-    Example:
-        One completion of three beats the reference answer, the others tie with it:
+    One completion of three beats the reference answer, the others tie with it:
 
         >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
         tensor([[ 1.7321, -0.5774, -0.5774, -0.5774]])
     """
-    if rewards.dim() != 2 or rewards.shape[1] < 2:
-        raise ValueError(
-            f"rewards must be [B, G+1], completions first, got shape {tuple(rewards.shape)}"
-        )
-    if statistics not in get_args(GroupStatistics):
-        raise ValueError(
-            f"statistics must be one of {', '.join(get_args(GroupStatistics))}; got {statistics!r}"
-        )
-    if scale not in get_args(GroupScale):
-        raise ValueError(f"scale must be one of {', '.join(get_args(GroupScale))}; got {scale!r}")
+    _check(rewards, statistics, scale)
     precise = rewards.double()  # fp32 sums would leave a residue in groups of equal rewards
     everyone = torch.ones_like(precise, dtype=torch.bool)
-    completions = everyone.clone()
-    completions[:, -1] = False
-    if statistics == "inside":
-        advantages = _standardised(precise, everyone, scale, tolerance)
-    else:
-        advantages = _standardised(precise, completions, scale, tolerance)
-        if statistics == "split":
-            advantages[:, -1] = _standardised(precise, everyone, scale, tolerance)[:, -1]
+    counted = everyone.clone()
+    counted[:, -1] = statistics == "inside"
+    advantages = _standardised(precise, counted, scale, tolerance)
+    if statistics == "split":
+        advantages[:, -1] = _standardised(precise, everyone, scale, tolerance)[:, -1]
     return advantages.to(rewards.dtype)
 
 
@@ -88,6 +74,17 @@ def standardised(scores: Tensor) -> Tensor:
         [F, B, M], unitless, NaN where missing, 0 in groups whose scores are equal.
     """
     return group_advantages(scores.flatten(0, 1)).view_as(scores).where(~scores.isnan(), torch.nan)
+
+
+def _check(rewards: Tensor, statistics: str, scale: str) -> None:
+    if rewards.dim() != 2 or rewards.shape[1] < 2:
+        raise ValueError(
+            f"rewards must be [B, G+1], completions first, got shape {tuple(rewards.shape)}"
+        )
+    choices = {"statistics": (statistics, GroupStatistics), "scale": (scale, GroupScale)}
+    for name, (value, kind) in choices.items():
+        if value not in get_args(kind):
+            raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}; got {value!r}")
 
 
 def _standardised(rewards: Tensor, counted: Tensor, scale: GroupScale, tolerance: float) -> Tensor:

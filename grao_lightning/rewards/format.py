@@ -5,17 +5,20 @@ import unicodedata
 from collections.abc import Sequence
 
 from grao_lightning.faults import Faults
+from grao_lightning.rewards.against import AgainstReferenceAnswer
 from grao_lightning.rewards.pattern import Pattern
 
 _ARTICLES = {"a", "an", "the"}
 
 
-class ExactMatch:
+class ExactMatch(AgainstReferenceAnswer):
     """1 for a completion that equals its reference answer, 0 for another.
 
     Texts are equal up to white space and Unicode's composed and decomposed letters. With case,
     punctuation and articles ignored too it is the exact match of SQuAD (arXiv 1606.05250); with
-    ``extract`` that of GSM8K (arXiv 2110.14168).
+    ``extract`` that of GSM8K (arXiv 2110.14168). The score is missing where the reference answer
+    has nothing to compare with (it is empty, or ``extract`` does not match it), or where
+    ``extract`` took too long.
 
     The reference answer's own score is 1: compared "pairwise" with it, no completion wins, an equal
     one ties and every other loses. Compare "raw", or give it a weight beside other functions.
@@ -63,28 +66,13 @@ class ExactMatch:
         self.ignore_punctuation = ignore_punctuation
         self.ignore_articles = ignore_articles
 
-    def __call__(
-        self, completions: Sequence[str], reference_answers: Sequence[str]
-    ) -> list[float | None]:
-        """Return one score a completion, 0 or 1.
-
-        Args:
-            completions: n texts.
-            reference_answers: n texts.
-
-        Returns:
-            None where the reference answer has nothing to compare with (it is empty, or ``extract``
-            does not match it), or where ``extract`` took too long.
-        """
-        return [
-            self._score(self._compared(text), self._compared(answer))
-            for text, answer in zip(completions, reference_answers, strict=True)
-        ]
-
     def _score(self, completion: str | None, answer: str | None) -> float | None:
         return None if completion is None or not answer else float(completion == answer)
 
-    def _compared(self, text: str) -> str | None:
+    def _compared(self, texts: list[str]) -> list[str | None]:
+        return [self._counted(text) for text in texts]
+
+    def _counted(self, text: str) -> str | None:
         """Return the part of a text that counts; None where finding it took too long."""
         if self._extract is not None:
             extracted = self._extract.last_match(text)

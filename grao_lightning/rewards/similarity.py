@@ -1,16 +1,16 @@
 """How close a completion is to its reference answer in meaning, by an embedding model."""
 
 import importlib.util
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from grao_lightning.faults import Faults, UserError
+from grao_lightning.rewards.against import AgainstReferenceAnswer
 
 _FIX = "give a hub name (organisation/name) or a folder of a sentence-transformers model"
 
 
-class EmbeddingSimilarity:
+class EmbeddingSimilarity(AgainstReferenceAnswer):
     """Cosine of the embeddings of a completion and its reference answer, in [-1, 1].
 
     Source: sentence embeddings of arXiv 1908.10084. The default, all-MiniLM-L6-v2 (22 million
@@ -58,32 +58,8 @@ class EmbeddingSimilarity:
         self.model, self.batch_size, self.device = model, batch_size, device
         self._encoder: Any = None
 
-    def __call__(
-        self, completions: Sequence[str], reference_answers: Sequence[str]
-    ) -> list[float | None]:
-        """Return one cosine a completion, in [-1, 1], exactly 1 for the reference answer itself.
-
-        Args:
-            completions: n texts.
-            reference_answers: n texts.
-
-        Returns:
-            None where the reference answer is empty: nothing can be close to it.
-
-        Raises:
-            UserError: The model cannot be loaded.
-        """
-        texts = list(dict.fromkeys([*completions, *reference_answers]))
-        embeddings = dict(zip(texts, self._embed(texts), strict=True))
-        return [
-            _cosine(embeddings[text], embeddings[answer]) if answer.strip() else None
-            for text, answer in zip(completions, reference_answers, strict=True)
-        ]
-
-    def _embed(self, texts: list[str]) -> Any:
+    def _compared(self, texts: list[str]) -> Any:
         """Return embeddings of length 1, [T, H] float64."""
-        if not texts:
-            return []
         if self._encoder is None:
             self._encoder = self._load()
         return self._encoder.encode(
@@ -92,6 +68,13 @@ class EmbeddingSimilarity:
             normalize_embeddings=True,
             show_progress_bar=False,
         ).astype("float64")
+
+    def _score(self, completion: Any, answer: Any) -> float:
+        # A text against itself is 1 to the last bit, and no other is more, or rounding would decide
+        # which of two equal texts wins.
+        if completion is answer:
+            return 1.0
+        return float(min(1.0, max(-1.0, completion @ answer)))
 
     def _load(self) -> Any:
         from sentence_transformers import SentenceTransformer
@@ -103,14 +86,6 @@ class EmbeddingSimilarity:
                 f"scoring.rewards: EmbeddingSimilarity cannot load model {self.model!r}: {error}; "
                 f"{_FIX}"
             ) from error
-
-
-def _cosine(left: Any, right: Any) -> float:
-    # A text against itself is 1 to the last bit, and no other is more, or rounding would decide
-    # which of two equal texts wins.
-    if left is right:
-        return 1.0
-    return float(min(1.0, max(-1.0, left @ right)))
 
 
 def _folder_fault(model: str) -> str | None:

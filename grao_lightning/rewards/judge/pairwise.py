@@ -125,30 +125,40 @@ class PairwiseJudge:
             requests_per_minute=requests_per_minute,
             give_up_after=give_up_after,
         )
-        faults = self.endpoint.faults()
-        faults.add(template_fault(self.template), _extra_body_fault(extra_body))
-        if not model:
-            faults.add("model must be the endpoint's name of a model; got none")
-        try:
-            self.criterion = criterion_text(criterion)
-        except ValueError as error:
-            faults.add(str(error))
-        if temperature is not None:
-            faults.at_least("temperature", temperature, 0)
-        if max_tokens is not None:
-            faults.at_least("max_tokens", max_tokens, 1)
-        faults.at_least("max_rereads", max_rereads, 0)
-        if faults:
-            raise ValueError("; ".join(faults))
-        optional = {"temperature": temperature, "max_tokens": max_tokens, "extra_body": extra_body}
-        self._request = {
+        request: dict[str, Any] = {
             "model": model,
-            **{name: value for name, value in optional.items() if value is not None},
+            "temperature": temperature,
+            "max_tokens": max_tokens,
+            "extra_body": extra_body,
         }
+        self._request = {name: value for name, value in request.items() if value is not None}
+        self.criterion = self._checked_criterion(criterion)
         path = default_path() if cache == "auto" else Path(cache) if cache is not None else None
         self._cache_path = path
         self._told: set[str] = set()
         self._tally = Tally(_MEANS, _TOTALS)
+
+    def _checked_criterion(self, criterion: str) -> str:
+        """Return the criterion's text, if all arguments keep their rules.
+
+        Raises:
+            ValueError: Some do not; all that do not are named.
+        """
+        faults, request = self.endpoint.faults(), self._request
+        faults.add(template_fault(self.template), _extra_body_fault(request.get("extra_body")))
+        if not request.get("model"):
+            faults.add("model must be the endpoint's name of a model; got none")
+        text = ""
+        try:
+            text = criterion_text(criterion)
+        except ValueError as error:
+            faults.add(str(error))
+        faults.at_least("temperature", request.get("temperature", 0), 0)
+        faults.at_least("max_tokens", request.get("max_tokens", 1), 1)
+        faults.at_least("max_rereads", self.max_rereads, 0)
+        if faults:
+            raise ValueError("; ".join(faults))
+        return text
 
     async def __call__(
         self,
