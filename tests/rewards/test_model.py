@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.test_scores import tiny_classifier
+from tests.language_model.test_scores import tiny_classifier
 
 import grao_lightning.language_model.loading
 from grao_lightning.data.encoding import PromptEncoder, conversation_text
