@@ -54,35 +54,43 @@ def main() -> int:
 
 
 def _run(arguments: list[str]) -> int:
+    from grao_lightning.callbacks.stopping import Stopped, listening
     from grao_lightning.faults import UserError
+    from grao_lightning.rewards.importing import own_modules
 
     try:
-        if arguments[0] == "export":
-            from grao_lightning.command.export import export_command
-
-            export_command(arguments[1:])
-        elif arguments[0] == "compare":
-            from grao_lightning.compare.command import compare_command
-
-            return compare_command(arguments[1:])
-        elif arguments[0] == "judge-check":
-            from grao_lightning.judge_check.command import judge_check_command
-
-            return judge_check_command(arguments[1:])
-        else:
-            gc.disable()  # looking for garbage among what is imported would take a fifth of it
-            from grao_lightning.command.fit import run
-
-            gc.freeze()
-            gc.enable()
-            run(arguments[0])
+        with listening(), own_modules(arguments[1:]):
+            return _carry_out(arguments)
     except UserError as error:
         if os.environ.get("GRAO_TRACEBACK"):
             raise
         print(f"grao: {error}", file=sys.stderr)
         return _USER_ERROR
-    except KeyboardInterrupt:
-        return 130
+    except Stopped as stopped:
+        print(f"\ngrao: {stopped}{stopped.advice}", file=sys.stderr)
+        return stopped.status
+
+
+def _carry_out(arguments: list[str]) -> int:
+    if arguments[0] == "export":
+        from grao_lightning.command.export import export_command
+
+        export_command(arguments[1:])
+    elif arguments[0] == "compare":
+        from grao_lightning.compare.command import compare_command
+
+        return compare_command(arguments[1:])
+    elif arguments[0] == "judge-check":
+        from grao_lightning.judge_check.command import judge_check_command
+
+        return judge_check_command(arguments[1:])
+    else:
+        gc.disable()  # looking for garbage among what is imported would take a fifth of it
+        from grao_lightning.command.fit import run
+
+        gc.freeze()
+        gc.enable()
+        run(arguments[0])
     return 0
 
 

@@ -1,9 +1,19 @@
-"""The checkpoint a run goes on from."""
+"""The checkpoint a run goes on from, and the moments at which a run may be stopped."""
 
+import signal
+from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+from grao_lightning.callbacks import stopping
+from grao_lightning.callbacks.stopping import Stopped
+
+_VALIDATION = "epoch_loop.val_loop.batch_progress"
+# As if its first batch had just been begun: Lightning goes back and runs the whole of it.
+_BEGUN = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -12,26 +22,150 @@ class LastCheckpoint(ModelCheckpoint):
     Lightning saves between the two, and a run that goes on from there skips that validation, so
     that its curve lacks a point. Loggers are flushed beforehand, for what they hold in memory is
     lost with a process that is killed.
+
+    A run that a signal asks to stop is saved at the end of its step, on all ranks together; then
+    `StopBetweenSteps` ends it.
+
+    Attributes:
+        written: The checkpoint that this process wrote last.
+        stop: Number of the signal that asked any rank to stop, once the step is saved; 0: none.
     """
+
+    written: Path | None = None
+    stop = 0
+    _validating = False
+    _cut_off = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Let signals wait for the end of a step."""
+        super().on_train_start(trainer, pl_module)
+        stopping.listen_again()  # Lightning has put its own handler there
+        stopping.before_dying(lambda: kill_launched(trainer))
+        stopping.defer(True)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save where it is due, unless a validation follows."""
-        if self._is_due(trainer) and not _validation_follows(trainer):
-            _flush(trainer)
-            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        """Save where it is due or the run shall stop, unless a validation follows."""
+        if not _validation_follows(trainer):
+            self._save_if_due(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Let a signal end a validation that is no part of a run at once."""
+        super().on_validation_start(trainer, pl_module)
+        self._validating = trainer.state.fn == "fit" and not trainer.sanity_checking
+        if not self._validating:
+            stopping.listen_again()
+
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Stop a run that is asked to; several ranks go on, as their batches may differ in number.
+
+        Raises:
+            Stopped: After this batch.
+        """
+        if self._validating and trainer.world_size == 1 and stopping.asked():
+            raise Stopped(stopping.asked(), in_order=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Save what was put off."""
-        if trainer.state.fn == "fit" and self._is_due(trainer):
+        if self._validating:
+            self._validating = False
+            self._save_if_due(trainer, pl_module)
+        super().on_validation_end(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Let signals end what follows.
+
+        Raises:
+            Stopped: During the last step.
+        """
+        super().on_train_end(trainer, pl_module)
+        stopping.defer(False)
+        if self.stop:
+            raise Stopped(self.stop, in_order=True)
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Save, unless a signal came in the middle of something, or the run is kept already."""
+        stopping.defer(False)
+        if trainer.state.fn != "fit":
+            return
+        self._cut_off = self._validating
+        if not isinstance(exception, Stopped):
+            super().on_exception(trainer, pl_module, exception)
+        elif exception.in_order and self._should_save_on_exception(trainer):
+            self._save(trainer)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]
+    ) -> None:
+        """Let a run that was cut off in a validation begin it anew, or half of it would count."""
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        if self._cut_off:
+            progress = checkpoint["loops"]["fit_loop"][_VALIDATION]
+            progress["total"] |= _BEGUN
+            progress["current"] |= _BEGUN
+
+    def keep(self, trainer: Trainer) -> None:
+        """Save the last step of a run that has come to its end."""
+        assert self.dirpath is not None
+        self._save_checkpoint(trainer, str(Path(self.dirpath) / "last.ckpt"))
+
+    def _save_if_due(self, trainer: Trainer, pl_module: Any) -> None:
+        if self._is_due(trainer):
             _flush(trainer)
             super().on_train_batch_end(trainer, pl_module, None, None, 0)
-        super().on_validation_end(trainer, pl_module)
+        self.stop = _asked_of_any(trainer)
+        if self.stop and self._should_save_on_exception(trainer):
+            self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        _flush(trainer)
+        self._save_checkpoint(trainer, self.format_checkpoint_name({}))
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        super()._save_checkpoint(trainer, filepath)
+        self.written = Path(filepath)
 
     def _is_due(self, trainer: Trainer) -> bool:
         every, step = self._every_n_train_steps, trainer.global_step
         return bool(every and step and step % every == 0)
+
+
+class StopBetweenSteps(Callback):
+    """Ends a run that was asked to stop before its next step begins; the first of all callbacks.
+
+    Not when the last step is saved: Lightning logs its figures only after that.
+
+    Args:
+        last: Of the run.
+    """
+
+    def __init__(self, last: LastCheckpoint) -> None:
+        self._last = last
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Stop where it is asked for.
+
+        Raises:
+            Stopped: The step before has been saved.
+        """
+        if self._last.stop:
+            raise Stopped(self._last.stop, in_order=True)
+
+
+def kill_launched(trainer: Trainer) -> None:
+    """Kill the ranks that this process has launched; they may wait for it in vain."""
+    kill = getattr(trainer.strategy.launcher, "kill", None)
+    if kill is not None:
+        kill(signal.SIGKILL)
+
+
+def _asked_of_any(trainer: Trainer) -> int:
+    """Return the number of the signal that asked any rank to stop, or 0."""
+    if trainer.world_size == 1 or not stopping.listens():
+        return stopping.asked()
+    told = torch.tensor(float(stopping.asked()), device=trainer.strategy.root_device)
+    return int(trainer.strategy.reduce(told, reduce_op="max"))
 
 
 def _validation_follows(trainer: Trainer) -> bool:

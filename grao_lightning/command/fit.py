@@ -3,7 +3,6 @@
 import sys
 import warnings
 from argparse import ArgumentError
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -14,15 +13,17 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from grao_lightning.callbacks.answers import ValidationAnswers
-from grao_lightning.callbacks.checkpoint import LastCheckpoint
+from grao_lightning.callbacks.checkpoint import LastCheckpoint, StopBetweenSteps, kill_launched
 from grao_lightning.callbacks.clipping import ReferenceAwareClipping
 from grao_lightning.callbacks.console import StepProgressBar
 from grao_lightning.callbacks.panels import TensorBoardPanels
 from grao_lightning.callbacks.sampling import GroupSampling
 from grao_lightning.callbacks.scoring import GroupScoring
+from grao_lightning.callbacks.stopping import Stopped
 from grao_lightning.callbacks.summary import RunSummary
 from grao_lightning.checks import run_faults
 from grao_lightning.command.parse_errors import explain
+from grao_lightning.command.resume import resume_advice
 from grao_lightning.data.datamodule import PromptDataModule
 from grao_lightning.display.logs import configure_logging
 from grao_lightning.faults import Faults, UserError
@@ -133,6 +134,7 @@ class GRAOCommandLine(LightningCLI):
         self._check_config()
         super().instantiate_classes()
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        callbacks.insert(0, StopBetweenSteps(self._last_checkpoint))
         self._summary = next(part for part in callbacks if isinstance(part, RunSummary))
         self._summary.config = yaml.safe_load(
             self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
@@ -185,11 +187,29 @@ class GRAOCommandLine(LightningCLI):
             )
         return checkpoint_fault("ckpt_path", source)
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run, and when it is stopped say how to go on."""
+        try:
+            super()._run_subcommand(subcommand)
+        except Stopped as stopped:
+            if not stopped.in_order:
+                kill_launched(self.trainer)
+            elif not self.trainer.is_global_zero:
+                sys.exit(0)  # Lightning kills all ranks, the first too, when one seems to fail
+            if subcommand == "fit":
+                written = self._last_checkpoint.written
+                stopped.advice = resume_advice(written, sys.argv)
+            raise
+
+    @property
+    def _last_checkpoint(self) -> LastCheckpoint:
+        last = self.trainer.checkpoint_callbacks[-1]
+        assert isinstance(last, LastCheckpoint)
+        return last
+
     def after_fit(self) -> None:
         """Keep the last step's weights, and validate it where ``val_check_interval`` did not."""
-        last = self.trainer.checkpoint_callbacks[-1]
-        assert isinstance(last, ModelCheckpoint) and last.dirpath is not None
-        self.trainer.save_checkpoint(Path(last.dirpath) / "last.ckpt")
+        self._last_checkpoint.keep(self.trainer)
         if not self._summary.is_current(self.trainer):
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 

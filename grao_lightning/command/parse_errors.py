@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from grao_lightning.rewards.importing import config_files
+
 _TYPES = {
     "int": "a whole number",
     "float": "a number",
@@ -145,7 +147,7 @@ def _parameters(owner: type) -> list[str]:
 
 def _config_file_fault(arguments: list[str]) -> str | None:
     """Return what is wrong with the first config file that cannot be read."""
-    for path in _config_files(arguments):
+    for path in config_files(arguments):
         try:
             content = yaml.safe_load(Path(path).expanduser().read_text())
         except OSError as error:
@@ -159,10 +161,3 @@ def _config_file_fault(arguments: list[str]) -> str | None:
         if not isinstance(content, dict):
             return f"{path} must hold settings as `name: value`; got {content!r:.60}"
     return None
-
-
-def _config_files(arguments: list[str]) -> list[str]:
-    following = zip(arguments, [*arguments[1:], ""], strict=False)
-    return [value for name, value in following if name in ("-c", "--config")] + [
-        name.partition("=")[2] for name in arguments if name.startswith("--config=")
-    ]

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from grao_lightning.callbacks.stopping import Stopped
+from grao_lightning.command.resume import restart_advice
 from grao_lightning.compare.plan import Plan, Run, Settings, read_plan
 from grao_lightning.display.progress import ProgressLine
 from grao_lightning.faults import UserError, extra_fault
@@ -39,7 +41,15 @@ def compare_command(arguments: Sequence[str]) -> int:
     if fault:
         raise UserError(fault)
     plan = read_plan(options.config, options.output, options.jobs)
-    failed = {} if options.report_only else carry_out_plan(plan)
+    try:
+        return _compare(plan, report_only=options.report_only)
+    except Stopped as stopped:
+        stopped.advice = f"; finished runs are kept, the others go on{restart_advice(sys.argv)}"
+        raise
+
+
+def _compare(plan: Plan, *, report_only: bool) -> int:
+    failed = {} if report_only else carry_out_plan(plan)
     from grao_lightning.compare.report import write_report
 
     for name, error in failed.items():

@@ -4,17 +4,22 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
+from grao_lightning.callbacks import stopping
+from grao_lightning.callbacks.stopping import Stopped
 from grao_lightning.compare.plan import Run
 from grao_lightning.files import write_whole
+from grao_lightning.rewards.importing import own_modules
 
+_SECONDS_TO_SAVE = 5.0  # of a run that is stopped; without, it goes on from an older checkpoint
 Progress = Callable[[int, int, list[str]], None]  # finished, all, what is running
 
 
@@ -52,9 +57,10 @@ def carry_out(
         return failed
     threads = max(1, (os.cpu_count() or 1) // jobs)
     # A fresh interpreter a worker; what torch and OpenMP hold is not forked.
-    with ProcessPoolExecutor(
+    pool = ProcessPoolExecutor(
         jobs, mp_context=get_context("spawn"), initializer=_prepare, initargs=(threads,)
-    ) as pool:
+    )
+    with pool, _ending_workers(pool):
         order = list(waiting)
         futures = {
             pool.submit(_work, waiting[name], output, keep_checkpoints): name for name in order
@@ -72,12 +78,35 @@ def carry_out(
     return failed
 
 
+@contextlib.contextmanager
+def _ending_workers(pool: ProcessPoolExecutor) -> Iterator[None]:
+    """End the workers when this process is asked to stop, after a moment to save their step."""
+    stopping.before_dying(_kill_workers)
+    try:
+        yield
+    except Stopped:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in active_children():
+            worker.terminate()
+        latest = time.monotonic() + _SECONDS_TO_SAVE
+        for worker in active_children():
+            worker.join(max(0.0, latest - time.monotonic()))
+        _kill_workers()
+        raise
+
+
+def _kill_workers() -> None:
+    for worker in active_children():
+        worker.kill()
+
+
 def is_finished(run: Run, output: Path) -> bool:
     """Return whether a run has come to its end."""
     return (folder_of(run, output) / "finished.json").exists()
 
 
 def _prepare(threads: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which a terminal sends to all: `carry_out` ends
     os.environ["OMP_NUM_THREADS"] = str(threads)
     import torch
 
@@ -89,9 +118,12 @@ def _work(run: Run, output: Path, keep_checkpoints: bool) -> str | None:
     folder = folder_of(run, output)
     folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    with _into(folder / "log.txt"):
+    with _into(folder / "log.txt"), stopping.listening():
         try:
             _resume_or_fit(run, folder)
+        except Stopped as stopped:
+            sys.stdout.flush()
+            os._exit(stopped.status)  # the pool would have this worker go on with the next run
         except Exception as error:
             traceback.print_exc()
             return f"{type(error).__name__}: {error}"
@@ -134,7 +166,8 @@ def _fit(run: Run, folder: Path, checkpoint: Path | None) -> None:
     if checkpoint is not None:
         arguments.append(f"--ckpt_path={checkpoint}")
     sys.argv = ["grao", "fit", *arguments]
-    run_command("fit")
+    with own_modules(arguments):
+        run_command("fit")
 
 
 @contextlib.contextmanager

@@ -29,8 +29,6 @@ options:
                            subset, data_dir, train_split, validation_split, rename
 """
 
-_INTERRUPTED = 130
-
 
 def judge_check_command(arguments: Sequence[str]) -> int:
     """Run ``grao judge-check`` with its arguments; return the exit status.
@@ -41,6 +39,8 @@ def judge_check_command(arguments: Sequence[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(HELP, end="")
         return 0
+    from grao_lightning.callbacks.stopping import Stopped
+    from grao_lightning.command.resume import restart_advice
     from grao_lightning.display.logs import configure_logging
     from grao_lightning.judge_check.settings import read_plan
 
@@ -56,8 +56,9 @@ def judge_check_command(arguments: Sequence[str]) -> int:
     for one in judged:
         if one.error:
             print(f"grao: scorer {one.label} failed: {one.error}", file=sys.stderr)
-    if any(one.interrupted for one in judged):
-        return _INTERRUPTED
+    for one in judged:
+        if one.interrupted:
+            raise Stopped(one.interrupted, advice=restart_advice(sys.argv))
     return 1 if any(one.error for one in judged) else 0
 
 

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import signal
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from grao_lightning.callbacks.stopping import Stopped
 from grao_lightning.data.datamodule import PromptDataModule
 from grao_lightning.data.encoding import conversation_text
 from grao_lightning.faults import UserError
@@ -77,7 +79,7 @@ class Judged:
         fit_seconds: Of learning from the train split's pairs; None where it does not learn.
         statistics: What it tells of itself.
         error: What it failed with.
-        interrupted: Whether it was the user who ended it.
+        interrupted: Number of the signal that ended it; 0: none.
     """
 
     spec: RewardSpec
@@ -91,7 +93,7 @@ class Judged:
     fit_seconds: float | None = None
     statistics: Statistics = field(default_factory=dict)
     error: str | None = None
-    interrupted: bool = False
+    interrupted: int = 0
 
     @property
     def label(self) -> str:
@@ -140,8 +142,9 @@ def judge(
     )
     try:
         _judge(found, function, train, pairs, pairs_at_once, progress)
-    except KeyboardInterrupt:
-        found.error, found.interrupted = "interrupted", True
+    except (Stopped, KeyboardInterrupt) as ended:  # what has been scored is worth keeping
+        found.error = "interrupted"
+        found.interrupted = getattr(ended, "number", signal.SIGINT)
     except Exception as error:  # a scorer may do anything; what the others said is worth keeping
         found.error = (
             str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

@@ -24,9 +24,9 @@ A class is constructed with ``arguments`` and its instances are called. If they 
 """
 
 import asyncio
-import importlib
 import inspect
 import math
+import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -36,8 +36,10 @@ import torch
 from torch import Tensor
 
 from grao_lightning.faults import UserError
+from grao_lightning.rewards.importing import load_object
 
 RewardFunction = Callable[..., Any]
+_TOLD = (TypeError, ValueError, ImportError)  # their message says it all
 _BUILT_IN = ("prompts", "completions", "reference_answers", "truncated")
 
 
@@ -46,7 +48,9 @@ class RewardSpec:
     """One reward function of a weighted sum.
 
     Args:
-        function: Import path of a function or class, such as ``my_package.my_module.my_reward``.
+        function: A function or class by import path, such as ``my_module.my_reward``, or in a file,
+            as in ``my_rewards.py:my_reward``, which is looked for in the working directory and
+            beside the config.
         weight: Factor of its scores in the sum.
         name: Its name in logs; by default the last part of ``function``.
         arguments: Arguments of the class, if it is one.
@@ -60,7 +64,7 @@ class RewardSpec:
     @property
     def label(self) -> str:
         """Return the name in logs."""
-        return self.name or self.function.rpartition(".")[2]
+        return self.name or re.split("[.:]", self.function)[-1]
 
     def load(self) -> RewardFunction:
         """Return the function, or an instance of the class.
@@ -68,21 +72,18 @@ class RewardSpec:
         Raises:
             UserError: The path cannot be imported or its arguments do not fit.
         """
-        module_name, _, attribute = self.function.replace(":", ".").rpartition(".")
         try:
-            function: Any = getattr(importlib.import_module(module_name), attribute)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise UserError(
-                f"scoring.rewards: cannot import {self.function!r} ({error}); give the path of a "
-                "function or class as package.module.name, importable from the working directory"
-            ) from None
+            function = load_object(self.function)
+        except UserError as error:
+            raise UserError(f"scoring.rewards: {error}") from error.__cause__
         try:
             made: RewardFunction = (
                 function(**self.arguments) if isinstance(function, type) else function
             )
             return made
-        except (TypeError, ValueError, ImportError) as error:
-            raise UserError(f"scoring.rewards: arguments of {self.function}: {error}") from None
+        except Exception as error:  # a class may do anything when it is made
+            reason = str(error) if isinstance(error, _TOLD) else f"{type(error).__name__}: {error}"
+            raise UserError(f"scoring.rewards: arguments of {self.function}: {reason}") from error
 
 
 def columns_asked_for(function: RewardFunction) -> tuple[set[str], bool]:
