@@ -29,6 +29,13 @@ class LastCheckpoint(ModelCheckpoint):
             super().on_train_batch_end(trainer, pl_module, None, None, 0)
         super().on_validation_end(trainer, pl_module)
 
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Save the last step, on which no interval need fall."""
+        super().on_train_end(trainer, pl_module)
+        if self._last_global_step_saved != trainer.global_step and self.dirpath is not None:
+            _flush(trainer)
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
     def _is_due(self, trainer: Trainer) -> bool:
         every, step = self._every_n_train_steps, trainer.global_step
         return bool(every and step and step % every == 0)
@@ -36,7 +43,11 @@ class LastCheckpoint(ModelCheckpoint):
 
 def _validation_follows(trainer: Trainer) -> bool:
     interval = trainer.val_check_batch
-    if not trainer.enable_validation or interval is None or interval == float("inf"):
+    if not trainer.enable_validation:
+        return False
+    if trainer.should_stop:  # as `ValidateLastStep` asks for it
+        return True
+    if interval is None or interval == float("inf"):
         return False
     return bool((trainer.fit_loop.epoch_loop.total_batch_idx + 1) % interval == 0)
 
