@@ -1,7 +1,10 @@
 """Config faults: collected from every part, told together before any model loads."""
 
+import difflib
 import importlib.util
-from collections.abc import Iterable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 
 class UserError(ValueError):
@@ -65,3 +68,24 @@ def extra_fault(what: str, packages: Sequence[str], extra: str) -> str | None:
     if not missing:
         return None
     return f"{what} needs {' and '.join(missing)}: pip install 'grao-lightning[{extra}]'"
+
+
+def refuse_unknown(name: str, called: Callable[..., Any], keywords: Iterable[str]) -> None:
+    """Refuse keywords that a call does not have, naming the likeliest one that was meant.
+
+    Args:
+        name: Of what is called, for the message.
+        called: Has the parameters.
+        keywords: Of the call.
+
+    Raises:
+        TypeError: One is unknown.
+    """
+    parameters = inspect.signature(called).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    for keyword in keywords:
+        if keyword not in parameters:
+            close = difflib.get_close_matches(keyword, parameters, n=1, cutoff=0.7)
+            meant = f"did you mean {close[0]}?" if close else f"there are {', '.join(parameters)}"
+            raise TypeError(f"{name}() has no keyword {keyword!r}; {meant}")

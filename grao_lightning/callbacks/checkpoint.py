@@ -74,13 +74,15 @@ class LastCheckpoint(ModelCheckpoint):
         super().on_validation_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Let signals end what follows.
+        """Save the last step, on which no interval need fall, and let signals end what follows.
 
         Raises:
             Stopped: During the last step.
         """
         super().on_train_end(trainer, pl_module)
         stopping.defer(False)
+        if self._last_global_step_saved != trainer.global_step and self.dirpath is not None:
+            self._save(trainer)
         if self.stop:
             raise Stopped(self.stop, in_order=True)
 
@@ -105,11 +107,6 @@ class LastCheckpoint(ModelCheckpoint):
             progress["total"] |= _BEGUN
             progress["current"] |= _BEGUN
 
-    def keep(self, trainer: Trainer) -> None:
-        """Save the last step of a run that has come to its end."""
-        assert self.dirpath is not None
-        self._save_checkpoint(trainer, str(Path(self.dirpath) / "last.ckpt"))
-
     def _save_if_due(self, trainer: Trainer, pl_module: Any) -> None:
         if self._is_due(trainer):
             _flush(trainer)
@@ -120,7 +117,8 @@ class LastCheckpoint(ModelCheckpoint):
 
     def _save(self, trainer: Trainer) -> None:
         _flush(trainer)
-        self._save_checkpoint(trainer, self.format_checkpoint_name({}))
+        name = self.format_checkpoint_name(self._monitor_candidates(trainer))
+        self._save_checkpoint(trainer, name)
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
@@ -170,7 +168,11 @@ def _asked_of_any(trainer: Trainer) -> int:
 
 def _validation_follows(trainer: Trainer) -> bool:
     interval = trainer.val_check_batch
-    if not trainer.enable_validation or interval is None or interval == float("inf"):
+    if not trainer.enable_validation:
+        return False
+    if trainer.should_stop:  # as `ValidateLastStep` asks for it
+        return True
+    if interval is None or interval == float("inf"):
         return False
     return bool((trainer.fit_loop.epoch_loop.total_batch_idx + 1) % interval == 0)
 

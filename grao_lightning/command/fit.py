@@ -1,7 +1,6 @@
 """``grao fit`` and ``grao validate``: LightningCLI with the three stages in their order."""
 
 import sys
-import warnings
 from argparse import ArgumentError
 from typing import Any
 
@@ -12,11 +11,9 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from grao_lightning.callbacks.answers import ValidationAnswers
 from grao_lightning.callbacks.checkpoint import LastCheckpoint, StopBetweenSteps, kill_launched
 from grao_lightning.callbacks.clipping import ReferenceAwareClipping
 from grao_lightning.callbacks.console import StepProgressBar
-from grao_lightning.callbacks.panels import TensorBoardPanels
 from grao_lightning.callbacks.sampling import GroupSampling
 from grao_lightning.callbacks.scoring import GroupScoring
 from grao_lightning.callbacks.stopping import Stopped
@@ -24,23 +21,19 @@ from grao_lightning.callbacks.summary import RunSummary
 from grao_lightning.checks import run_faults
 from grao_lightning.command.parse_errors import explain
 from grao_lightning.command.resume import resume_advice
+from grao_lightning.command.trainer import (
+    BEST_CHECKPOINT_DEFAULTS,
+    LAST_CHECKPOINT_DEFAULTS,
+    LOGGER_DEFAULTS,
+    TRAINER_DEFAULTS,
+    quiet_notes,
+    standard_callbacks,
+)
 from grao_lightning.data.datamodule import PromptDataModule
 from grao_lightning.display.logs import configure_logging
 from grao_lightning.faults import Faults, UserError
 from grao_lightning.language_model.loading import checkpoint_fault
 from grao_lightning.modules.step import StepModule
-
-_QUIET = (
-    # Manual optimisation: the checkpoint is taken after the step, whatever the note says.
-    ".*pre-optimization.*",
-    ".*does not have many workers.*",
-    ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
-    ".*exists and is not empty.*",
-    ".*The dirpath has changed.*",
-    ".*no pre-optimization state was saved.*",
-    # The reference model is frozen and evaluates: that is what it is for.
-    ".*module\\(s\\) in eval mode at the start of training.*",
-)
 
 
 class GRAOCommandLine(LightningCLI):
@@ -62,23 +55,12 @@ class GRAOCommandLine(LightningCLI):
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={
-                "max_epochs": -1,
-                "val_check_interval": 50,
-                "check_val_every_n_epoch": None,
-                "num_sanity_val_steps": 0,
-                "log_every_n_steps": 1,
-                "use_distributed_sampler": False,
-                "enable_model_summary": False,
+                **TRAINER_DEFAULTS,
                 "logger": {
                     "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
-                    "init_args": {"save_dir": "runs", "name": None},
+                    "init_args": LOGGER_DEFAULTS,
                 },
-                "callbacks": [
-                    StepProgressBar(),
-                    TensorBoardPanels(),
-                    RunSummary(),
-                    ValidationAnswers(),
-                ],
+                "callbacks": standard_callbacks(),
             },
         )
 
@@ -112,16 +94,8 @@ class GRAOCommandLine(LightningCLI):
         parser.set_defaults(
             {
                 "model": {"class_path": "grao_lightning.GRAOModule"},
-                # Held out, never the training reward, which a policy learns to please.
-                "best_checkpoint.monitor": "val/ras",
-                "best_checkpoint.mode": "max",
-                "best_checkpoint.filename": "best",
-                "best_checkpoint.enable_version_counter": False,
-                # Written as the run goes, when it is interrupted, and by `after_fit`.
-                "last_checkpoint.every_n_train_steps": 50,
-                "last_checkpoint.filename": "last",
-                "last_checkpoint.save_on_exception": True,
-                "last_checkpoint.enable_version_counter": False,
+                **{f"best_checkpoint.{k}": v for k, v in BEST_CHECKPOINT_DEFAULTS.items()},
+                **{f"last_checkpoint.{k}": v for k, v in LAST_CHECKPOINT_DEFAULTS.items()},
             }
         )
         parser.link_arguments("model", "data.tokenizer", compute_fn=_tokenizer_source)
@@ -208,8 +182,7 @@ class GRAOCommandLine(LightningCLI):
         return last
 
     def after_fit(self) -> None:
-        """Keep the last step's weights, and validate it where ``val_check_interval`` did not."""
-        self._last_checkpoint.keep(self.trainer)
+        """Validate where no step was left to take, whose end `ValidateLastStep` would have seen."""
         if not self._summary.is_current(self.trainer):
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 
@@ -229,8 +202,7 @@ def run(command: str) -> GRAOCommandLine:
     Raises:
         UserError: A setting, a file or the combination of parts is wrong.
     """
-    for message in _QUIET:
-        warnings.filterwarnings("ignore", message=message)
+    quiet_notes()
     configure_logging()
     try:
         return GRAOCommandLine(command)
