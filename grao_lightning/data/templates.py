@@ -73,3 +73,14 @@ def told(template: str | None) -> str:
         return "as Anthropic HH's text"
     start = " ".join(template.split())
     return f"by the template {start if len(start) <= 60 else start[:57] + '...'}"
+
+
+def template_change(before: str | None, now: str | None) -> str | None:
+    """Return that a checkpoint's prompts were read by another template; None = plain strings."""
+    if before == now:
+        return None
+    return (
+        f"ckpt_path: the checkpoint learned from prompts read {told(before)}, and this run reads "
+        f"them {told(now)}: set data.chat_template and data.as_chat as they were, or write a "
+        "folder with grao export and train from that"
+    )
