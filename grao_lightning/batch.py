@@ -66,8 +66,9 @@ class PromptBatch:
         indices: [B] row of each prompt in its dataset: the key of all its randomness.
         prompt_ids: B ragged token id lists.
         prompts: B texts, conversations written as "\\n\\nHuman: ...\\n\\nAssistant:".
-        reference_answer_ids: B ragged token id lists, end-of-turn token included.
-        reference_answers: B texts.
+        reference_answer_ids: B ragged token id lists, end-of-turn token included; empty ones in
+            prompt-only data.
+        reference_answers: B texts; empty ones in prompt-only data.
         rejected_answer_ids: B ragged token id lists, for methods that train on pairs; else none.
         columns: B dicts of the dataset's other columns, for reward functions.
         completions: By `GroupSampling`.
@@ -119,6 +120,11 @@ class PromptBatch:
     def to(self, device: torch.device) -> "PromptBatch":
         """Return self: token ids stay lists until they are padded on the model's device."""
         return self
+
+    @property
+    def has_reference_answers(self) -> bool:
+        """Return whether there are any: an answer has at least its end-of-turn token."""
+        return any(self.reference_answer_ids)
 
     def truncated_mask(self) -> Tensor:
         """Return [B, G] bool, True where the length limit ended the completion."""

@@ -56,6 +56,7 @@ def answer_rows(batch: PromptBatch) -> list[dict[str, Any]]:
     """Return a row a prompt of a sampled and scored validation batch."""
     assert batch.completions is not None
     assert batch.rewards is not None and batch.outcomes is not None
+    has_answers = batch.has_reference_answers
     rows = []
     for number, index in enumerate(batch.indices):
         row = {
@@ -66,8 +67,10 @@ def answer_rows(batch: PromptBatch) -> list[dict[str, Any]]:
             "truncated": batch.completions.truncated[number],
             "reward": batch.rewards[number, 0].item(),
             "outcome": batch.outcomes[number, 0].item(),
-            "reference_answer": batch.reference_answers[number],
-            "reference_answer_length": len(batch.reference_answer_ids[number]),
+            "reference_answer": batch.reference_answers[number] if has_answers else None,
+            "reference_answer_length": (
+                len(batch.reference_answer_ids[number]) if has_answers else None
+            ),
             "reference_answer_reward": batch.rewards[number, 1].item(),
         }
         if batch.base_completions is not None:

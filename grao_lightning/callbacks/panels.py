@@ -105,7 +105,9 @@ def completion_table(batch: PromptBatch, num_prompts: int) -> str:
         rewards = batch.rewards[number]
         advantages = rewards * torch.nan if batch.advantages is None else batch.advantages[number]
         texts = batch.completions.texts[number * group_size : (number + 1) * group_size]
-        answers = [("reference answer", -1, batch.reference_answers[number])]
+        answers = []
+        if batch.has_reference_answers:
+            answers = [("reference answer", -1, batch.reference_answers[number])]
         answers += [(f"completion {at + 1}", at, text) for at, text in enumerate(texts)]
         for label, at, text in answers:
             advantage = "" if advantages[at].isnan() else f"{advantages[at]:+.2f}"

@@ -31,7 +31,8 @@ class GroupScoring(Callback):
 
     Completions and reference answers are scored by the same weighted reward functions; a pairwise
     one compares the two, see `grao_lightning.rewards.protocol`. A missing score (None or NaN) is
-    left out of the group's statistics, never counted as 0.
+    left out of the group's statistics, never counted as 0. In prompt-only data the reference answer
+    is missing from every group: nothing is won or lost, and ``comparison`` must be "raw".
 
     Args:
         rewards: The reward functions and their weights; needed by every module that samples.
@@ -116,12 +117,26 @@ class GroupScoring(Callback):
         """
         if not pl_module.samples:
             return
-        data = getattr(trainer, "datamodule", None)
+        data: Any = getattr(trainer, "datamodule", None)
         for split, rows in getattr(data, "examples", {}).items():
             columns = {name for row in rows for name in row.columns}
             where = f"in scoring.rewards on data.{split}"
-            self._scorers.column_faults(columns).raise_if_any(where)
+            faults = self._scorers.column_faults(columns)
+            if not data.has_reference_answers(split):
+                faults.add(*self._answer_faults(split))
+            faults.raise_if_any(where)
         self._scorers.learn(getattr(data, "preference_pairs", lambda split: ([], [], [])))
+
+    def _answer_faults(self, split: str) -> Faults:
+        """Return what cannot be had of prompts alone."""
+        faults = Faults()
+        if split == "train" and self.comparison == "pairwise":
+            faults.add(
+                "scoring.comparison must be raw where data.train has no reference answers to "
+                "compare with; got pairwise"
+            )
+        faults.add(*self._scorers.answer_faults(self.rewards if split == "train" else self._judges))
+        return faults
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: Any, batch: PromptBatch, batch_idx: int
@@ -185,11 +200,13 @@ class GroupScoring(Callback):
             self._score(batch, batch.completions, self._judges)
             if batch.base_completions is not None:
                 self._score_base(batch, batch.base_completions)
-        assert batch.outcomes is not None
+        assert batch.outcomes is not None and batch.rewards is not None
         note = self._in_validation.mean
         for name, scores in batch.rewards_by_name.items():
             note(f"rewards/{name}/mean", scores[:, :-1])
-        note("missing_rewards", batch.outcomes.isnan().double())
+        # A pair without its reference answer's reward is missing too.
+        counted = batch.outcomes if batch.has_reference_answers else batch.rewards[:, :-1]
+        note("missing_rewards", counted.isnan().double())
         self._note_statistics(self._in_validation, self._judges)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
@@ -241,9 +258,12 @@ class GroupScoring(Callback):
     ) -> Tensor:
         """Return the scores of every function for every member, [F, B, G+1] float64."""
         arguments = _arguments(batch, completions)
-        called = self._scorers.scores(specs, arguments, num_reference_answers=len(batch))
+        number = len(batch) if batch.has_reference_answers else 0
+        called = self._scorers.scores(specs, arguments, num_reference_answers=number)
         scores = torch.tensor(called, dtype=torch.double)
-        of_completions, of_answers = scores.split([len(completions.ids), len(batch)], dim=1)
+        of_completions, of_answers = scores.split([len(completions.ids), number], dim=1)
+        if not number:
+            of_answers = torch.full((len(specs), len(batch)), torch.nan, dtype=torch.double)
         groups = of_completions.view(len(scores), len(batch), -1)
         return torch.cat([groups, of_answers[:, :, None]], dim=2)
 
@@ -268,9 +288,10 @@ class GroupScoring(Callback):
         note, completions = batch.statistics.mean, batch.rewards[:, :-1]
         note("reward", completions)
         note("reward_std", _population_std(completions))
-        note("reference_answer/reward", batch.rewards[:, -1])
         note("missing_rewards", batch.compared[:, :-1].isnan().double())
-        note("ras", (batch.outcomes > 0).double().where(~batch.outcomes.isnan(), torch.nan))
+        if batch.has_reference_answers:
+            note("reference_answer/reward", batch.rewards[:, -1])
+            note("ras", (batch.outcomes > 0).double().where(~batch.outcomes.isnan(), torch.nan))
         for name, scores in batch.rewards_by_name.items():
             note(f"rewards/{name}/mean", scores[:, :-1])
         self._note_statistics(batch.statistics, self.rewards)
@@ -291,16 +312,16 @@ def _total(scores: Tensor, specs: list[RewardSpec]) -> Tensor:
 
 def _arguments(batch: PromptBatch, completions: Completions) -> dict[str, list[Any]]:
     """Return what reward functions are called with: the completions, then the reference answers."""
-    owners = [number // completions.group_size for number in range(len(completions.ids))] + list(
-        range(len(batch))
-    )
+    owners = [number // completions.group_size for number in range(len(completions.ids))]
+    answers = batch.reference_answers if batch.has_reference_answers else []
+    owners += range(len(answers))
     columns = {name for row in batch.columns for name in row}
     return {
         **{name: [batch.columns[owner].get(name) for owner in owners] for name in sorted(columns)},
         "prompts": [batch.prompts[owner] for owner in owners],
-        "completions": completions.texts + batch.reference_answers,
-        "reference_answers": [batch.reference_answers[owner] for owner in owners],
-        "truncated": completions.truncated + [False] * len(batch),
+        "completions": completions.texts + answers,
+        **({"reference_answers": [answers[owner] for owner in owners]} if answers else {}),
+        "truncated": completions.truncated + [False] * len(answers),
     }
 
 

@@ -153,9 +153,12 @@ def summary_table(estimates: dict[str, Estimate], ties_as: str, gain: str) -> st
         "wins": "share of wins over the untrained base",
         "net": "wins minus losses against the untrained base",
     }
-    lines += [
-        f"RAS: wins over the reference answer, ties count as {ties_as}. NAG: {meaning[gain]}."
-    ]
+    if "ras" in estimates:
+        lines += [
+            f"RAS: wins over the reference answer, ties count as {ties_as}. NAG: {meaning[gain]}."
+        ]
+    else:
+        lines += [f"No RAS: the data has no reference answers. NAG: {meaning[gain]}."]
     return "\n".join([*lines, ""])
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from glob import has_magic
@@ -14,8 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from grao_lightning.batch import PromptBatch
 from grao_lightning.data.encoding import PromptEncoder, conversation_text
-from grao_lightning.data.formats import Example, parse_rows
+from grao_lightning.data.formats import HH_TEXT, MESSAGES, PLAIN, Example, parse_rows
+from grao_lightning.data.reading import effect_faults, told_reading, undecided_template
 from grao_lightning.data.sampler import StepBatchSampler
+from grao_lightning.data.templates import template_fault, template_text
 from grao_lightning.data.text_pairs import encoder_for
 from grao_lightning.faults import Faults, UserError
 from grao_lightning.language_model.loading import eos_ids, load_tokenizer
@@ -48,7 +51,10 @@ class PromptDataModule(LightningDataModule):
         validation_prompts: How many validation rows are used, from the first; null = all.
         validation_batch_size: Prompts sampled together in validation, on each device.
         max_prompt_tokens: Longer prompts lose their oldest turns; reference answers are never cut.
-        chat_template: Jinja text instead of the tokenizer's own template.
+        chat_template: Jinja text, or a file of it, instead of the tokenizer's own template; or hh
+            for Anthropic HH's text. Needed for messages with roles where the tokenizer has none.
+        as_chat: Make of every prompt that is a plain string a user's turn, and of its answers the
+            assistant's, so that the template applies.
         num_workers: Processes that tokenise; 0 = none.
         wrong_reference_share: Share of the training rows whose chosen and rejected answers change
             places, to see how a method bears wrong references. Rewards that learn from pairs still
@@ -70,6 +76,7 @@ class PromptDataModule(LightningDataModule):
         validation_batch_size: int = 32,
         max_prompt_tokens: int | None = 1024,
         chat_template: str | None = None,
+        as_chat: bool = False,
         num_workers: int = 0,
         wrong_reference_share: float = 0.0,
     ) -> None:
@@ -84,11 +91,16 @@ class PromptDataModule(LightningDataModule):
         self._validation_batch_size = validation_batch_size
         self._max_prompt_tokens = max_prompt_tokens
         self._chat_template = chat_template
+        self._as_chat = as_chat
         self._num_workers = num_workers
         self._wrong_reference_share = wrong_reference_share
         self.examples: dict[str, list[Example]] = {}
         self.encoder: PromptEncoder | None = None
         self._reads_rejected = False
+        self._written: dict[str, Counter[str]] = {}  # by split, see `FormatReport.prompts`
+        self._told = False
+        # Who needs reference answers; nobody where a method does without.
+        self._answers_needed_by: str | None = "every other method and metric"
 
     def faults(self, world_size: int = 1) -> Faults:
         """Return what is wrong with the settings, as far as it shows without reading data."""
@@ -107,6 +119,7 @@ class PromptDataModule(LightningDataModule):
                 f"data.prompts_per_step must be a multiple of the {world_size} devices; got "
                 f"{self.prompts_per_step}: {fitting} works"
             )
+        faults.add(template_fault(self._chat_template))
         faults.add(_source_fault("data.train", self._sources["train"]))
         if self._sources["validation"] != self._sources["train"]:
             faults.add(_source_fault("data.validation", self._sources["validation"]))
@@ -131,19 +144,55 @@ class PromptDataModule(LightningDataModule):
             self.encoder = encoder_for(
                 tokenizer,
                 max_prompt_tokens=self._max_prompt_tokens,
-                chat_template=self._chat_template,
+                chat_template=template_text(self._chat_template),
                 eos_ids=eos_ids(self._tokenizer_source, tokenizer),
             )
         module = self.trainer and self.trainer.lightning_module
         self._reads_rejected = getattr(module, "trains_on_pairs", False)
-        for split in ("train", "validation") if stage == "fit" else ("validation",):
+        if module is not None:
+            needs = getattr(module, "needs_reference_answers", True)
+            self._answers_needed_by = type(module).__name__ if needs else None
+        splits = ("train", "validation") if stage == "fit" else ("validation",)
+        for split in splits:
             self.read(split)
+        self._check_template(splits)
         num_rows = len(self.examples.get("train", ()))
         if stage == "fit" and num_rows < self.prompts_per_step:
             raise UserError(
                 f"data.prompts_per_step must be <= {num_rows}, the usable rows of data.train, or a "
                 f"step sees a prompt twice; got {self.prompts_per_step}: lower it or add data"
             )
+
+    @property
+    def template_in_use(self) -> str | None:
+        """Return the chat template by which conversations are read, None where there are none."""
+        assert self.encoder is not None, "setup() makes the encoder"
+        chats = sum((self._written[split] for split in self._written), Counter[str]())
+        if not chats[MESSAGES] + chats[HH_TEXT] and not (self._as_chat and chats[PLAIN]):
+            return None
+        return self.encoder.template
+
+    def has_reference_answers(self, split: str) -> bool:
+        """Return whether the rows of a split, read by now, have reference answers."""
+        return all(row.reference_answer is not None for row in self.examples[split][:1])
+
+    def _check_template(self, splits: Sequence[str]) -> None:
+        """Refuse chats without a template; say once how prompts are read."""
+        assert self.encoder is not None
+        for split in splits:
+            written = self._written[split]
+            fault = undecided_template(split, written, self.encoder, as_chat=self._as_chat)
+            if fault:
+                raise UserError(fault)
+        if self._told or (self.trainer and self.trainer.global_rank):
+            return
+        self._told, split = True, splits[0]
+        written, first = self._written[split], self.examples[split][0]
+        for fault in effect_faults(
+            written, as_chat=self._as_chat, chat_template=self._chat_template
+        ):
+            rank_zero_warn(fault)
+        log.info(told_reading(split, written, self.encoder, first, as_chat=self._as_chat))
 
     def read(self, split: str) -> list[Example]:
         """Return the examples of "train" or "validation", read on first use.
@@ -154,20 +203,23 @@ class PromptDataModule(LightningDataModule):
         if split not in self.examples:
             source = self._sources[split]
             try:
-                examples, report = parse_rows(self._rows(split), self._rename)
+                examples, report = parse_rows(
+                    self._rows(split), self._rename, as_chat=self._as_chat
+                )
             except (ValueError, OSError) as error:
                 raise UserError(f"data.{split}: {error}") from None
             log.info("data.%s: %s", split, report)
             if not examples:
                 raise UserError(f"data.{split}: no usable row in {source}: {report}")
-            if examples[0].reference_answer is None:
-                raise UserError(
-                    f"data.{split}: {source} has prompts without reference answers, and every "
-                    "method and metric here compares with those; add a column completion (or "
-                    "chosen and rejected), or name yours with data.rename, e.g. "
-                    "{answer: completion}"
-                )
+            self._written[split] = report.prompts
             self.examples[split] = examples
+        if self._answers_needed_by and not self.has_reference_answers(split):
+            raise UserError(
+                f"data.{split}: {self._sources[split]} has prompts without reference answers, and "
+                f"{self._answers_needed_by} needs those; add a column completion (or "
+                "chosen and rejected), name yours with data.rename, e.g. {answer: completion}, or "
+                "train with GRPOModule or PPOModule and scoring.comparison=raw, which need none"
+            )
         return self.examples[split]
 
     def preference_pairs(self, split: str) -> tuple[list[str], list[str], list[str]]:

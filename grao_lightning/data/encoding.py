@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from grao_lightning.data.formats import Message
+from grao_lightning.data.templates import hh_template, is_hh
 from grao_lightning.faults import UserError
 
 _HH_MARKERS = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "system": ""}
@@ -48,12 +49,15 @@ class PromptEncoder:
     Args:
         tokenizer: A Hugging Face tokenizer with an EOS token.
         max_prompt_tokens: Longer prompts are cut from the left; None keeps all.
-        chat_template: Jinja text instead of the tokenizer's own template.
+        chat_template: Jinja text instead of the tokenizer's own template, or "hh" for
+            Anthropic HH's form.
         eos_ids: Further ids that end a turn, such as the generation config's.
 
     Attributes:
         end_of_turn_id: Ends every answer: the first EOS the template puts after an answer, or the
             tokenizer's.
+        form: How conversations become text, in words.
+        is_undecided: Whether conversations take HH's form for want of a template alone.
 
     Raises:
         UserError: No EOS id at all, `max_prompt_tokens` leaves no room for text, or a template
@@ -70,8 +74,11 @@ class PromptEncoder:
     ) -> None:
         self._tokenizer = tokenizer
         self._max_prompt_tokens = max_prompt_tokens
+        own = tokenizer.chat_template
         self._chat_template = chat_template
-        self._has_template = bool(chat_template or tokenizer.chat_template)
+        self._has_template = bool(chat_template or own) and not is_hh(chat_template or own)
+        self.is_undecided = not (chat_template or own)
+        self.form = _form(chat_template, own)
         self._bos_ids = self._ids_before_text()
         if max_prompt_tokens is not None and max_prompt_tokens <= len(self._bos_ids):
             raise UserError(
@@ -91,6 +98,22 @@ class PromptEncoder:
         self._answer_lead = " "  # white space between a conversation's prompt and the answer
         if self._has_template:
             self._probe_template(known_eos)
+
+    @property
+    def template(self) -> str | None:
+        """Return the template that makes any conversation the text that this encoder reads."""
+        if self._has_template:
+            return str(self._chat_template or self._tokenizer.get_chat_template())
+        return hh_template(has_bos=bool(self._bos_ids))
+
+    def as_read(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
+        """Return what ids say, special tokens included.
+
+        Args:
+            ids: Of a prompt or an answer.
+            after: What they follow: some tokenizers leave out a space at the start of a text.
+        """
+        return text_of(self._tokenizer, ids, after)
 
     def encode_prompt(
         self, prompt: str | Sequence[Message], max_tokens: int | None = None
@@ -258,6 +281,29 @@ class PromptEncoder:
                 text, add_special_tokens=False, split_special_tokens=True, verbose=False
             ).input_ids
         )
+
+
+def text_of(tokenizer: Any, ids: Sequence[int], after: Sequence[int] = ()) -> str:
+    """Return what ids say, special tokens included; see `PromptEncoder.as_read`."""
+
+    def decoded(numbers: list[int]) -> str:
+        return str(
+            tokenizer.decode(numbers, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        )
+
+    before, whole = decoded(list(after)), decoded([*after, *ids])
+    # A character may lie across the two.
+    return whole[len(before) :] if whole.startswith(before) else decoded(list(ids))
+
+
+def _form(chat_template: str | None, own: Any) -> str:
+    if chat_template:
+        return "as Anthropic HH's text" if is_hh(chat_template) else "by data.chat_template"
+    if not own:
+        return "as Anthropic HH's text, since the tokenizer has no template"
+    if is_hh(own):
+        return "as Anthropic HH's text, as the tokenizer's template has it"
+    return "by the template of the tokenizer"
 
 
 def conversation_text(prompt: str | Sequence[Message]) -> str:

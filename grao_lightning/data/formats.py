@@ -34,7 +34,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 Message = dict[str, str]
@@ -55,6 +55,10 @@ NEAR_MARKER = "near-marker such as '\\nHuman:' or '\\n\\nhuman:' kept as text"
 STRAY_WHITE_SPACE = "stray white space around a turn stripped"
 
 ROLES = ("system", "user", "assistant")
+
+PLAIN = "plain string"
+HH_TEXT = "one string of Anthropic HH's form"
+MESSAGES = "messages with roles"
 
 _FORMATS: dict[str, tuple[str, ...]] = {  # the first whose columns are all there is taken
     "preference (explicit prompt)": ("prompt", "chosen", "rejected"),
@@ -97,6 +101,7 @@ class FormatReport:
         rows_kept: Rows that became examples.
         dropped: Rows dropped, by reason; a row counts once, under the first reason met.
         survived: Kept rows with an oddity, by oddity; a row counts once under each.
+        prompts: Kept rows by how their prompts are written: `PLAIN`, `HH_TEXT` or `MESSAGES`.
     """
 
     format: str
@@ -104,6 +109,7 @@ class FormatReport:
     rows_kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     survived: Counter[str] = field(default_factory=Counter)
+    prompts: Counter[str] = field(default_factory=Counter)
 
     def __str__(self) -> str:
         """Returns one paragraph for the console."""
@@ -116,13 +122,18 @@ class FormatReport:
 
 
 def parse_rows(
-    rows: Iterable[Mapping[str, Any]], rename: Mapping[str, str] | None = None
+    rows: Iterable[Mapping[str, Any]],
+    rename: Mapping[str, str] | None = None,
+    *,
+    as_chat: bool = False,
 ) -> tuple[list[Example], FormatReport]:
     """Returns the examples in `rows`, in order, and a report of what was dropped or odd.
 
     Args:
         rows: Raw rows, e.g. a `datasets.Dataset`, all read in one format.
         rename: Dataset column -> name used here, e.g. {"question": "prompt"}.
+        as_chat: Make of a prompt that is a plain string a user's turn, of its answers the
+            assistant's.
 
     Returns:
         The examples kept (possibly none), and the report. The module docstring has the rules.
@@ -145,7 +156,9 @@ def parse_rows(
         oddities: set[str] = set()
         try:
             renamed = {names[name]: value for name, value in row.items()}
-            examples.append(_parse_row(renamed, _FORMATS[used], oddities))
+            example = _parse_row(renamed, _FORMATS[used], oddities)
+            report.prompts[_written(example, renamed, _FORMATS[used])] += 1
+            examples.append(_as_chat(example) if as_chat else example)
         except _DropError as reason:
             report.dropped[str(reason)] += 1
         except _BadValueError as error:
@@ -154,6 +167,28 @@ def parse_rows(
             report.survived.update(oddities)
     report.rows_kept = len(examples)
     return examples, report
+
+
+def _written(example: Example, row: Mapping[str, Any], used: tuple[str, ...]) -> str:
+    """Returns how an example's prompt is written in its row."""
+    if isinstance(example.prompt, str):
+        return PLAIN
+    return MESSAGES if any(isinstance(row.get(name), list) for name in used) else HH_TEXT
+
+
+def _as_chat(example: Example) -> Example:
+    """Returns an example whose prompt, if it is a plain string, is a user's turn."""
+    if not isinstance(example.prompt, str):
+        return example
+    reference_answer, rejected_answer = (
+        answer and answer.strip() for answer in (example.reference_answer, example.rejected_answer)
+    )
+    return replace(
+        example,
+        prompt=[_user(example.prompt)],
+        reference_answer=reference_answer,
+        rejected_answer=rejected_answer,
+    )
 
 
 class _DropError(Exception):

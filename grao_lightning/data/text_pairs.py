@@ -7,6 +7,7 @@ from typing import Any
 
 from grao_lightning.data.encoding import EncodedPrompt, PromptEncoder, conversation_text
 from grao_lightning.data.formats import Message
+from grao_lightning.data.templates import is_hh
 from grao_lightning.faults import UserError
 
 
@@ -20,13 +21,22 @@ class TextPairEncoder(PromptEncoder):
     Args:
         tokenizer: A Hugging Face tokenizer whose texts start with a token of their own.
         max_prompt_tokens: Longer prompts are cut from the left; None keeps all.
+        chat_template: "hh" where HH's form was chosen, and not only taken for want of a template.
 
     Raises:
         UserError: `max_prompt_tokens` leaves no room for text.
     """
 
-    def __init__(self, tokenizer: Any, *, max_prompt_tokens: int | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        max_prompt_tokens: int | None = None,
+        chat_template: str | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
+        self.is_undecided = not (chat_template or tokenizer.chat_template)
+        self.form = "as pairs of texts, conversations as Anthropic HH's text"
         self._max_prompt_tokens = max_prompt_tokens
         whole = list(tokenizer("a", "a", verbose=False).input_ids)
         text = self._plain_ids("a")
@@ -40,6 +50,11 @@ class TextPairEncoder(PromptEncoder):
                 f"data.max_prompt_tokens must be > {special}, the tokens a tokenizer puts around a "
                 f"first text; got {max_prompt_tokens}"
             )
+
+    @property
+    def template(self) -> str | None:
+        """Return None: a template cannot write pairs of texts."""
+        return None
 
     def encode_answer(self, text: str, prompt: str | Sequence[Message] = ()) -> list[int]:
         """Returns an answer's ids, never cut, and what ends a pair."""
@@ -73,14 +88,18 @@ def encoder_for(
     Args:
         tokenizer: A Hugging Face tokenizer.
         max_prompt_tokens: Longer prompts are cut from the left; None keeps all.
-        chat_template: Jinja text instead of the tokenizer's own template.
+        chat_template: Jinja text instead of the tokenizer's own template, or "hh" for
+            Anthropic HH's form.
         eos_ids: Further ids that end a turn.
 
     Raises:
         UserError: As the encoders say.
     """
-    if tokenizer.cls_token_id is not None and not (chat_template or tokenizer.chat_template):
-        return TextPairEncoder(tokenizer, max_prompt_tokens=max_prompt_tokens)
+    template = chat_template or tokenizer.chat_template
+    if tokenizer.cls_token_id is not None and (not template or is_hh(template)):
+        return TextPairEncoder(
+            tokenizer, max_prompt_tokens=max_prompt_tokens, chat_template=chat_template
+        )
     return PromptEncoder(
         tokenizer,
         max_prompt_tokens=max_prompt_tokens,

@@ -1,6 +1,7 @@
 """What the commands print of the many things that libraries log."""
 
 import logging
+import textwrap
 
 
 def configure_logging() -> None:
@@ -11,3 +12,39 @@ def configure_logging() -> None:
     logging.getLogger("huggingface_hub").propagate = False  # it prints its warnings itself
     advertisements = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     advertisements.addFilter(lambda record: "Tip: For seamless" not in record.getMessage())
+
+
+def wrapped(text: str) -> str:
+    """Return a sentence in lines that fit a terminal of 80 columns."""
+    return textwrap.fill(text, 79, break_long_words=False, break_on_hyphens=False)
+
+
+def quoted(label: str, text: str) -> str:
+    """Return a text to the letter, below its label, in lines that fit a terminal of 80 columns.
+
+    What cannot be seen, such as a line break, is written as Python writes it.
+
+    >>> print(quoted("answer", "Yes.\\n"))
+      answer: Yes.\\n
+    """
+    shown, indent = _visible(text), "    "
+    if len(shown) < 74 - len(label):
+        return f"  {label}: {shown}"
+    wrapper = textwrap.TextWrapper(
+        width=79,
+        initial_indent=indent,
+        subsequent_indent=indent,
+        # Also the spaces at the end of a line are part of the text.
+        drop_whitespace=False,
+        replace_whitespace=False,
+        expand_tabs=False,
+        break_on_hyphens=False,
+    )
+    return "\n".join([f"  {label}:", *wrapper.wrap(shown)])
+
+
+def _visible(text: str) -> str:
+    return "".join(
+        part if part.isprintable() and part != "\\" else part.encode("unicode_escape").decode()
+        for part in text
+    )

@@ -76,6 +76,11 @@ class AlignmentModule(StepModule):
         """Return where the policy comes from."""
         return self.policy_source
 
+    @property
+    def trained_model(self) -> Any:
+        """Return the policy."""
+        return self.policy
+
     # -- set-up ------------------------------------------------------------------------------------
 
     def faults(self) -> Faults:
@@ -231,6 +236,7 @@ class AlignmentModule(StepModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the reference model out: it is loaded from its source again."""
+        super().on_save_checkpoint(checkpoint)
         state = checkpoint["state_dict"]
         for name in [name for name in state if name.startswith("reference_model.")]:
             del state[name]
@@ -238,6 +244,7 @@ class AlignmentModule(StepModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the counters; see `load_state_dict` for the weights."""
+        super().on_load_checkpoint(checkpoint)
         self.num_sampled_tokens = checkpoint.get("num_sampled_tokens", 0)
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:

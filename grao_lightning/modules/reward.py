@@ -77,6 +77,11 @@ class RewardModule(StepModule):
         """Return where the backbone comes from."""
         return self.backbone_source
 
+    @property
+    def trained_model(self) -> Any:
+        """Return the reward model."""
+        return self.reward_model
+
     # -- set-up ------------------------------------------------------------------------------------
 
     def faults(self) -> Faults:

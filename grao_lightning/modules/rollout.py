@@ -1,5 +1,6 @@
 """What GRPO and PPO share: several updates on the completions of one rollout."""
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from grao_lightning.language_model.head import Weigh, weigh_by_gradient
 from grao_lightning.language_model.logprobs import split_by_tokens
 from grao_lightning.modules.base import AlignmentModule, Beside
 from grao_lightning.objectives.ratio import is_clipped
+
+log = logging.getLogger(__name__)
 
 #: (the rows' tokens, their log-probabilities, those of the sampling policy) -> weighted losses
 TokenLoss = Callable[["Tokens", Tensor, Tensor], Tensor]
@@ -88,6 +91,7 @@ class RolloutModule(AlignmentModule):
     """
 
     group_statistics = "outside"
+    needs_reference_answers = False
 
     def __init__(
         self,
@@ -102,6 +106,22 @@ class RolloutModule(AlignmentModule):
         self.eps_low = eps_low
         self.eps_high = eps_high
         self.kl_weight = kl_weight
+
+    def setup(self, stage: str) -> None:
+        """Check the run; of prompts without reference answers measure what can be measured."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if hasattr(data, "has_reference_answers") and not data.has_reference_answers("validation"):
+            self.validation_metrics.leave_out_reference_answers()
+            monitor = "val/nag" if "nag" in self.validation_metrics.names else "val/reward"
+            for callback in self.trainer.checkpoint_callbacks:
+                if getattr(callback, "monitor", None) == "val/ras":
+                    log.info(
+                        "best_checkpoint.monitor: %s in place of val/ras, which needs reference "
+                        "answers",
+                        monitor,
+                    )
+                    callback.monitor = monitor  # type: ignore[attr-defined]
+        super().setup(stage)
 
     @property
     def needs_reference_logprobs(self) -> bool:

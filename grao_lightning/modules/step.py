@@ -6,11 +6,14 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from grao_lightning.batch import PromptBatch
 from grao_lightning.checks import check_run
+from grao_lightning.data.templates import template_change
 from grao_lightning.faults import Faults, UserError
+from grao_lightning.language_model.kept import packed_source
 from grao_lightning.language_model.loading import first_mismatch
 from grao_lightning.metrics.outcomes import Estimate
 from grao_lightning.modules.optimizer import MasterWeightsAdamW
@@ -47,6 +50,8 @@ class StepModule(LightningModule):
     trains_on_groups = False
     #: Whether training reads rejected answers.
     trains_on_pairs = False
+    #: Whether training compares with, or learns from, the data's reference answers.
+    needs_reference_answers = True
     #: Whether the step heeds the outward mask of `ReferenceAwareClipping`.
     heeds_outward_mask = False
     #: The setting that names the trained model's source.
@@ -85,6 +90,12 @@ class StepModule(LightningModule):
         self.num_sampled_tokens = 0
         self.estimates: dict[str, Estimate] = {}
         self.step_values: dict[str, float] = {}
+        self._packed: Tensor | None = None
+
+    @property
+    def trained_model(self) -> Any:
+        """Return the Hugging Face model that is trained."""
+        raise NotImplementedError
 
     @property
     def source(self) -> str:
@@ -225,6 +236,37 @@ class StepModule(LightningModule):
         return figures
 
     # -- checkpoints -------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what export needs beside the weights, and how prompts were read."""
+        if self._packed is None:
+            try:
+                self._packed = packed_source(self.trained_model, self.tokenizer)
+            except Exception as error:  # tokenizers fail in many ways; the weights must not be lost
+                rank_zero_warn(
+                    f"the checkpoint keeps no configuration and tokenizer ({error}): grao export "
+                    f"will need {self.source_setting}={self.source} where it is now"
+                )
+        if self._packed is not None:
+            checkpoint["source_files"] = self._packed
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if hasattr(data, "template_in_use"):
+            checkpoint["chat_template"] = data.template_in_use
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Compare how prompts were read with how they are read now.
+
+        Raises:
+            UserError: A run that goes on would read them otherwise.
+        """
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if "chat_template" not in checkpoint or not hasattr(data, "template_in_use"):
+            return
+        fault = template_change(checkpoint["chat_template"], data.template_in_use)
+        if fault and self.trainer.state.fn == "fit":
+            raise UserError(fault)
+        if fault:
+            rank_zero_warn(f"{fault}. The figures are those of prompts it has not learned to read")
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Load the weights; say which setting is at odds with the checkpoint where they differ."""

@@ -17,6 +17,8 @@ from grao_lightning.metrics.outcomes import (
     TiesAs,
 )
 
+_OF_REFERENCE_ANSWERS = ("ras", "base_ras", "reference_answer_reward", "reference_answer_length")
+
 
 class ValidationMetrics(nn.Module):
     """RAS, NAG, reward, length and cut-off share over the prompts of all ranks.
@@ -53,17 +55,25 @@ class ValidationMetrics(nn.Module):
         """Take in a sampled and scored validation batch."""
         assert batch.rewards is not None and batch.outcomes is not None
         assert batch.completions is not None
-        self._add("ras", batch.outcomes)
         self._add("reward", batch.rewards[:, 0])
         self._add_sizes("", batch.completions)
-        self._add("reference_answer_reward", batch.rewards[:, 1])
-        answer_lengths = [len(ids) for ids in batch.reference_answer_ids]
-        self._add("reference_answer_length", torch.tensor(answer_lengths))
+        if batch.has_reference_answers:
+            self._add("ras", batch.outcomes)
+            self._add("reference_answer_reward", batch.rewards[:, 1])
+            answer_lengths = [len(ids) for ids in batch.reference_answer_ids]
+            self._add("reference_answer_length", torch.tensor(answer_lengths))
         if batch.base_completions is not None:
-            self._add("base_ras", batch.base_outcomes)
+            if batch.has_reference_answers:
+                self._add("base_ras", batch.base_outcomes)
             self._add("base_reward", batch.base_rewards)
             self._add_sizes("base_", batch.base_completions)
             self._add("nag", batch.gain_outcomes)
+
+    def leave_out_reference_answers(self) -> None:
+        """Measure nothing that needs reference answers, for data that has none."""
+        for name in _OF_REFERENCE_ANSWERS:
+            if name in self._metrics:
+                del self._metrics[name]
 
     def compute(self) -> dict[str, Estimate]:
         """Return every metric; NaN for one that saw no prompt."""

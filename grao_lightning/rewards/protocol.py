@@ -5,7 +5,9 @@ A scorer is any callable, sync or async, that takes by keyword those it names of
     prompts: list[str], completions: list[str], reference_answers: list[str],
     truncated: list[bool]   (the length limit ended the completion)
 
-and of the dataset's other columns, each a list as long as the others. It returns one number a
+and of the dataset's other columns, each a list as long as the others. Where the data has prompts
+alone, there are no reference_answers: they are not passed, and a scorer that cannot do without is
+refused before training. It returns one number a
 completion in its own unit, higher = better, with None or NaN for "missing". It is called with the
 completions of a whole batch at once. What it may tell of itself, as attributes:
 
@@ -114,8 +116,8 @@ def call_rewards(
 
     Args:
         functions: As `RewardSpec.load` gives them.
-        arguments: prompts, completions, reference_answers and the dataset's other columns, each
-            a list of equal length n.
+        arguments: prompts, completions, reference_answers (unless there are none) and the
+            dataset's other columns, each a list of equal length n.
         num_reference_answers: How many of the n, the last ones, are the reference answers
             themselves. Pairwise scorers are not called with those and give them 0.
 
@@ -191,6 +193,19 @@ def weighted_sum(scores: Tensor, weights: Sequence[float]) -> Tensor:
     return total.where(applies.any(dim=0), torch.nan)
 
 
+def answer_fault(function: RewardFunction) -> str | None:
+    """Return that a scorer cannot do without reference answers."""
+    parameter = inspect.signature(function).parameters.get("reference_answers")
+    asks = parameter is not None and parameter.default is parameter.empty
+    if not asks and not is_pairwise(function):
+        return None
+    return (
+        f"reward function {_name(function)} {'asks for' if asks else 'compares with'} reference "
+        "answers, and the dataset has none: use another, give reference_answers a default, or add "
+        "a column completion to the data"
+    )
+
+
 def column_fault(function: RewardFunction, columns: Iterable[str]) -> str | None:
     """Return that a reward function asks for columns that the dataset does not have.
 
@@ -210,6 +225,8 @@ def column_fault(function: RewardFunction, columns: Iterable[str]) -> str | None
 
 def _wanted(function: RewardFunction, arguments: dict[str, list[Any]]) -> dict[str, list[Any]]:
     fault = column_fault(function, arguments.keys() - set(_BUILT_IN))
+    if "reference_answers" not in arguments:
+        fault = fault or answer_fault(function)
     if fault:
         raise UserError(fault)
     if columns_asked_for(function)[1]:

@@ -10,6 +10,7 @@ from grao_lightning.rewards.preference import length_alone
 from grao_lightning.rewards.protocol import (
     RewardFunction,
     RewardSpec,
+    answer_fault,
     call_rewards,
     column_fault,
     scorer_statistics,
@@ -53,6 +54,12 @@ class Scorers:
         """Return which columns scorers ask for that the dataset does not have."""
         faults = Faults()
         faults.add(*(column_fault(self._function(spec), columns) for spec in self._specs))
+        return faults
+
+    def answer_faults(self, specs: Sequence[RewardSpec]) -> Faults:
+        """Return which scorers cannot do without reference answers."""
+        faults = Faults()
+        faults.add(*(answer_fault(self._function(spec)) for spec in specs))
         return faults
 
     def learn(self, pairs_of: PairsOf) -> None:

@@ -589,7 +589,7 @@ def broken_line() -> str:
         (
             lambda: write_rows("r.jsonl", [{"prompt": "q"}] * 2),
             {},
-            "data.train: r.jsonl has prompts without reference answers, and every",
+            "data.train: r.jsonl has prompts without reference answers, and GRAOModule needs",
         ),
         (
             lambda: write_rows("r.jsonl", [{"prompt": "q", "completion": " "}]),
