@@ -4,11 +4,22 @@ import difflib
 import importlib.util
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 
 class UserError(ValueError):
     """What a user can mend: a setting, a file, their combination. Shown without traceback."""
+
+
+class NamedSettings:
+    """Tells a misspelt keyword of a constructor, and which one was meant."""
+
+    if not TYPE_CHECKING:  # editors and type checkers look at `__init__` alone
+
+        def __new__(cls, *_: Any, **keywords: Any) -> Any:
+            """Refuse unknown keywords before anything is made."""
+            refuse_unknown(cls.__name__, cls, keywords)
+            return super().__new__(cls)
 
 
 class Faults(list[str]):

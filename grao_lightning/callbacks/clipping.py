@@ -10,12 +10,12 @@ from torch.optim import Optimizer
 
 from grao_lightning.batch import OutwardLimits, PromptBatch
 from grao_lightning.callbacks.phase import phase
-from grao_lightning.faults import Faults
+from grao_lightning.faults import Faults, NamedSettings
 from grao_lightning.language_model.logprobs import frozen_logprobs
 from grao_lightning.objectives.clipping import capped_norm, token_drift
 
 
-class ReferenceAwareClipping(Callback):
+class ReferenceAwareClipping(NamedSettings, Callback):
     """Caps the gradient norm and, as options, holds the policy near the reference model.
 
     The gate on the reference answer's advantage (`GRAOWeights`) is what cures the literal formula's

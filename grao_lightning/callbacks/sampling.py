@@ -9,14 +9,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from grao_lightning.batch import Completions, PromptBatch
 from grao_lightning.callbacks.console import StepProgressBar
 from grao_lightning.callbacks.phase import RareWarning, phase
-from grao_lightning.faults import Faults
+from grao_lightning.faults import Faults, NamedSettings
 from grao_lightning.language_model.loading import eos_ids
 from grao_lightning.randomness import run_seed
 from grao_lightning.sampling.completions import sample_completions
 from grao_lightning.sampling.draw import Progress, SamplingSettings, Stream, row_uniforms
 
 
-class GroupSampling(Callback):
+class GroupSampling(NamedSettings, Callback):
     """Fills ``batch.completions``: G a prompt in training, one in validation.
 
     In validation the untrained base (the reference model) answers the same prompts with the same

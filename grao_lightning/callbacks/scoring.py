@@ -9,7 +9,7 @@ from torch import Tensor
 
 from grao_lightning.batch import Completions, PromptBatch
 from grao_lightning.callbacks.phase import RareWarning, phase
-from grao_lightning.faults import Faults, UserError
+from grao_lightning.faults import Faults, NamedSettings, UserError
 from grao_lightning.metrics.outcomes import Estimate, compare
 from grao_lightning.metrics.step_statistics import StepStatistics
 from grao_lightning.objectives.advantages import (
@@ -26,7 +26,7 @@ Comparison = Literal["pairwise", "raw"]
 Aggregation = Literal["raw", "normalized"]
 
 
-class GroupScoring(Callback):
+class GroupScoring(NamedSettings, Callback):
     """Fills ``batch.rewards``, ``outcomes`` and ``advantages``.
 
     Completions and reference answers are scored by the same weighted reward functions; a pairwise

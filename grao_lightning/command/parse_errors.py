@@ -136,13 +136,14 @@ def _parameters(owner: type) -> list[str]:
     """Return the arguments of a class, those of its bases among them."""
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     package = owner.__module__.partition(".")[0]
-    return [
+    names = [
         parameter.name
         for base in inspect.getmro(owner)
         if base.__module__.partition(".")[0] == package
         for parameter in inspect.signature(base).parameters.values()
         if parameter.kind not in kinds
     ]
+    return list(dict.fromkeys(names))
 
 
 def _config_file_fault(arguments: list[str]) -> str | None:

@@ -20,7 +20,7 @@ from grao_lightning.data.reading import effect_faults, told_reading, undecided_t
 from grao_lightning.data.sampler import StepBatchSampler
 from grao_lightning.data.templates import template_fault, template_text
 from grao_lightning.data.text_pairs import encoder_for
-from grao_lightning.faults import Faults, UserError
+from grao_lightning.faults import Faults, NamedSettings, UserError
 from grao_lightning.language_model.loading import eos_ids, load_tokenizer
 from grao_lightning.randomness import run_seed
 
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 _EMBEDDED = "embedded:"
 
 
-class PromptDataModule(LightningDataModule):
+class PromptDataModule(NamedSettings, LightningDataModule):
     """Supplies prompts and reference answers, tokenised when they are needed.
 
     Rows may be Anthropic HH's one-string dialogues or TRL's standard and conversational formats

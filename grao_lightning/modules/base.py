@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from grao_lightning.batch import PromptBatch, TokenRow
 from grao_lightning.faults import Faults
@@ -19,13 +20,23 @@ from grao_lightning.language_model.logprobs import (
 )
 from grao_lightning.language_model.sharing import share_prompts
 from grao_lightning.metrics.outcomes import GainKind, TiesAs
-from grao_lightning.modules.step import StepModule
+from grao_lightning.modules.step import StepModule, StepSettings
 from grao_lightning.modules.validation import ValidationMetrics
 from grao_lightning.objectives.advantages import GroupScale, GroupStatistics
 from grao_lightning.objectives.clipping import outward_mask
 
 WeighFor = Callable[[list[int]], Weigh]  # numbers of a micro-batch's rows -> their tokens' weights
 Beside = Callable[[list[int], TokenLogprobs], Tensor]  # -> loss that is added to the weighted one
+
+
+class AlignmentSettings(StepSettings, total=False):
+    """Names and types of the settings of `AlignmentModule`, for editors and type checkers."""
+
+    policy: str
+    reference_model: str | None
+    logprob_temperature: float
+    ties_as: TiesAs
+    gain: GainKind
 
 
 class AlignmentModule(StepModule):
@@ -59,7 +70,7 @@ class AlignmentModule(StepModule):
         logprob_temperature: float = 1.0,
         ties_as: TiesAs = "loss",
         gain: GainKind = "net",
-        **step_settings: Any,
+        **step_settings: Unpack[StepSettings],
     ) -> None:
         super().__init__(**step_settings)
         self.policy_source = policy

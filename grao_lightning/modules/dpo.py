@@ -1,16 +1,17 @@
 """DPO: learns from pairs of a chosen and a rejected answer, without sampling."""
 
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from grao_lightning.batch import PromptBatch, TokenRow
 from grao_lightning.checks import check_pairs
 from grao_lightning.faults import Faults
 from grao_lightning.language_model.head import Weigh, weigh_by_gradient
 from grao_lightning.language_model.logprobs import frozen_logprobs, split_together
-from grao_lightning.modules.base import AlignmentModule
+from grao_lightning.modules.base import AlignmentModule, AlignmentSettings
 from grao_lightning.objectives.dpo import DPOKind, DPOSettings, dpo_loss
 
 
@@ -34,7 +35,7 @@ class DPOModule(AlignmentModule):
         kind: DPOKind = "sigmoid",
         beta: float = 0.1,
         label_smoothing: float = 0.0,
-        **base_settings: Any,
+        **base_settings: Unpack[AlignmentSettings],
     ) -> None:
         super().__init__(**base_settings)
         self.settings = DPOSettings(kind, beta, label_smoothing)

@@ -1,12 +1,11 @@
 """GRAO: imitate while worse than the reference answer, explore when better."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from grao_lightning.batch import PromptBatch, TokenRow
-from grao_lightning.modules.base import AlignmentModule, RowLogprobs
+from grao_lightning.modules.base import AlignmentModule, AlignmentSettings, RowLogprobs
 from grao_lightning.objectives.grao import (
     GRAOWeights,
     grao_coefficients,
@@ -38,7 +37,7 @@ class GRAOModule(AlignmentModule):
         regularizer_weight: float = 0.6,
         gate: bool = True,
         mask_truncated_completions: bool = False,
-        **base_settings: Any,
+        **base_settings: Unpack[AlignmentSettings],
     ) -> None:
         super().__init__(**base_settings)
         self.weights = GRAOWeights(exploration_weight, imitation_weight, regularizer_weight, gate)

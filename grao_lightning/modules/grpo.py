@@ -1,13 +1,14 @@
 """GRPO: completions compared within their group, the reference answer left out."""
 
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from grao_lightning.batch import PromptBatch
 from grao_lightning.faults import Faults
-from grao_lightning.modules.rollout import RolloutModule, Tokens
+from grao_lightning.modules.rollout import RolloutModule, RolloutSettings, Tokens
 from grao_lightning.objectives.grpo import (
     Aggregation,
     GRPOSettings,
@@ -42,7 +43,7 @@ class GRPOModule(RolloutModule):
         aggregation: Aggregation = "completions",
         ratio: RatioLevel = "token",
         mask_truncated_completions: bool = False,
-        **rollout_settings: Any,
+        **rollout_settings: Unpack[RolloutSettings],
     ) -> None:
         super().__init__(**rollout_settings)
         self.aggregation = aggregation

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from typing_extensions import Unpack
 
 from grao_lightning.batch import PromptBatch, TokenRow
 from grao_lightning.faults import Faults, UserError
 from grao_lightning.language_model.head import head_of
 from grao_lightning.language_model.logprobs import TokenLogprobs, at_least_float32, frozen_passes
-from grao_lightning.modules.rollout import RolloutModule, Tokens
+from grao_lightning.modules.rollout import RolloutModule, RolloutSettings, Tokens
 from grao_lightning.objectives.ppo import (
     adapted_kl_weight,
     clipped_value_loss,
@@ -71,7 +72,7 @@ class PPOModule(RolloutModule):
         trace: float = 0.95,
         kl_target: float | None = None,
         kl_horizon: int = 10_000,
-        **rollout_settings: Any,
+        **rollout_settings: Unpack[RolloutSettings],
     ) -> None:
         super().__init__(**rollout_settings)
         self.value_weight = value_weight

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from typing_extensions import Unpack
 
 from grao_lightning.batch import PromptBatch, TokenRow
 from grao_lightning.checks import check_pairs
@@ -21,7 +22,7 @@ from grao_lightning.language_model.scores import (
 from grao_lightning.language_model.sharing import share_prompts, shares_prompts
 from grao_lightning.metrics.outcomes import Estimate
 from grao_lightning.metrics.pairs import PairMetrics, ReliabilityBin
-from grao_lightning.modules.step import StepModule
+from grao_lightning.modules.step import StepModule, StepSettings
 from grao_lightning.objectives.bradley_terry import BradleyTerrySettings, bradley_terry_loss
 from grao_lightning.randomness import run_seed
 from grao_lightning.rewards.preference import length_alone
@@ -61,7 +62,7 @@ class RewardModule(StepModule):
         label_smoothing: float = 0.0,
         centring: float = 0.0,
         dropout: bool = False,
-        **step_settings: Any,
+        **step_settings: Unpack[StepSettings],
     ) -> None:
         super().__init__(**step_settings)
         self.backbone_source = backbone

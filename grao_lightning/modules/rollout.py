@@ -2,16 +2,16 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from grao_lightning.batch import PromptBatch, TokenRow
 from grao_lightning.faults import Faults
 from grao_lightning.language_model.head import Weigh, weigh_by_gradient
 from grao_lightning.language_model.logprobs import split_by_tokens
-from grao_lightning.modules.base import AlignmentModule, Beside
+from grao_lightning.modules.base import AlignmentModule, AlignmentSettings, Beside
 from grao_lightning.objectives.ratio import is_clipped
 
 log = logging.getLogger(__name__)
@@ -79,6 +79,15 @@ class _RolloutLoss:
         return weigh_by_gradient(loss)
 
 
+class RolloutSettings(AlignmentSettings, total=False):
+    """Names and types of the settings of `RolloutModule`, for editors and type checkers."""
+
+    updates_per_rollout: int
+    eps_low: float
+    eps_high: float
+    kl_weight: float
+
+
 class RolloutModule(AlignmentModule):
     """Takes several optimiser steps on each rollout; the trainer counts them as one step.
 
@@ -99,7 +108,7 @@ class RolloutModule(AlignmentModule):
         eps_low: float = 0.2,
         eps_high: float = 0.2,
         kl_weight: float = 0.0,
-        **base_settings: Any,
+        **base_settings: Unpack[AlignmentSettings],
     ) -> None:
         super().__init__(**base_settings)
         self.updates_per_rollout = updates_per_rollout

@@ -1,11 +1,10 @@
 """Supervised fine-tuning on the reference answers: the first stage before GRAO."""
 
-from typing import Any
-
 import torch
+from typing_extensions import Unpack
 
 from grao_lightning.batch import PromptBatch, TokenRow
-from grao_lightning.modules.base import AlignmentModule
+from grao_lightning.modules.base import AlignmentModule, AlignmentSettings
 from grao_lightning.objectives.sft import Aggregation, sft_coefficients
 
 
@@ -21,7 +20,9 @@ class SFTModule(AlignmentModule):
 
     trains_on_groups = False
 
-    def __init__(self, aggregation: Aggregation = "tokens", **base_settings: Any) -> None:
+    def __init__(
+        self, aggregation: Aggregation = "tokens", **base_settings: Unpack[AlignmentSettings]
+    ) -> None:
         super().__init__(**base_settings)
         self.aggregation = aggregation
 

@@ -2,7 +2,7 @@
 
 import time
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 from lightning.pytorch import LightningModule
@@ -12,16 +12,32 @@ from torch import Tensor
 from grao_lightning.batch import PromptBatch
 from grao_lightning.checks import check_run
 from grao_lightning.data.templates import template_change
-from grao_lightning.faults import Faults, UserError
+from grao_lightning.faults import Faults, NamedSettings, UserError
 from grao_lightning.language_model.kept import packed_source
 from grao_lightning.language_model.loading import first_mismatch
 from grao_lightning.metrics.outcomes import Estimate
 from grao_lightning.modules.optimizer import MasterWeightsAdamW
+from grao_lightning.modules.settings import show_settings
 
 Schedule = Literal["constant", "linear", "cosine"]
 
 
-class StepModule(LightningModule):
+class StepSettings(TypedDict, total=False):
+    """Names and types of the settings of `StepModule`, for editors and type checkers."""
+
+    learning_rate: float
+    weight_decay: float
+    betas: tuple[float, float]
+    master_weights: bool
+    schedule: Schedule
+    warmup_steps: int
+    micro_batch_tokens: int
+    gradient_checkpointing: bool
+    attn_implementation: str | None
+    share_prompts: bool
+
+
+class StepModule(NamedSettings, LightningModule):
     """Takes one optimiser step a batch and logs what it and validation measured.
 
     Optimisation is manual: a batch is split into micro-batches by tokens, and every loss is divided
@@ -91,6 +107,11 @@ class StepModule(LightningModule):
         self.estimates: dict[str, Estimate] = {}
         self.step_values: dict[str, float] = {}
         self._packed: Tensor | None = None
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Show all settings of a subclass."""
+        super().__init_subclass__(**options)
+        show_settings(cls)
 
     @property
     def trained_model(self) -> Any:

@@ -37,7 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grao_lightning.faults import UserError
+from grao_lightning.faults import NamedSettings, UserError
 from grao_lightning.rewards.importing import load_object
 
 RewardFunction = Callable[..., Any]
@@ -46,7 +46,7 @@ _BUILT_IN = ("prompts", "completions", "reference_answers", "truncated")
 
 
 @dataclass
-class RewardSpec:
+class RewardSpec(NamedSettings):
     """One reward function of a weighted sum.
 
     Args:
