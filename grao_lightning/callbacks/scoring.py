@@ -19,7 +19,7 @@ from grao_lightning.objectives.advantages import (
     standardised,
 )
 from grao_lightning.rewards.missing import MissingWindow
-from grao_lightning.rewards.protocol import RewardSpec, weighted_sum
+from grao_lightning.rewards.protocol import Rewards, RewardSpec, reward_specs, weighted_sum
 from grao_lightning.rewards.scorers import Scorers
 
 Comparison = Literal["pairwise", "raw"]
@@ -35,7 +35,9 @@ class GroupScoring(NamedSettings, Callback):
     is missing from every group: nothing is won or lost, and ``comparison`` must be "raw".
 
     Args:
-        rewards: The reward functions and their weights; needed by every module that samples.
+        rewards: The reward functions and their weights; needed by every module that samples. In
+            Python each may be a function, an instance of a scorer, a `RewardSpec`, an import path
+            or a mapping of a spec's fields.
         judges: Reward functions that score in validation instead of ``rewards``, so that a policy
             is not measured by what it was trained to please; null = the rewards judge too.
         comparison: What advantages are made of. "pairwise": +1, 0 or -1 for a completion better
@@ -57,18 +59,18 @@ class GroupScoring(NamedSettings, Callback):
 
     def __init__(
         self,
-        rewards: list[RewardSpec] | None = None,
+        rewards: Rewards | None = None,
         comparison: Comparison = "pairwise",
         tie_tolerance: float = 0.0,
         statistics: GroupStatistics | None = None,
         scale: GroupScale | None = None,
-        judges: list[RewardSpec] | None = None,
+        judges: Rewards | None = None,
         aggregation: Aggregation = "raw",
         max_missing: float = 0.5,
         missing_window: int = 10,
     ) -> None:
-        self.rewards = rewards or []
-        self.judges = judges
+        self.rewards = reward_specs("scoring.rewards", rewards or [])
+        self.judges = None if judges is None else reward_specs("scoring.judges", judges)
         self.comparison = comparison
         self.tie_tolerance = tie_tolerance
         self.statistics = statistics
@@ -76,7 +78,7 @@ class GroupScoring(NamedSettings, Callback):
         self.aggregation = aggregation
         self.max_missing = max_missing
         self.missing_window = missing_window
-        self._scorers = Scorers([*self.rewards, *(judges or ())])
+        self._scorers = Scorers([*self.rewards, *(self.judges or ())])
         self._base_scores: dict[tuple[int, ...], Tensor] = {}
         self._no_signal = RareWarning()
         self._missing = MissingWindow(missing_window, max_missing)

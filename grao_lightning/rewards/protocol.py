@@ -32,7 +32,8 @@ import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,11 @@ RewardFunction = Callable[..., Any]
 _TOLD = (TypeError, ValueError, ImportError)  # their message says it all
 _BUILT_IN = ("prompts", "completions", "reference_answers", "truncated")
 
+if TYPE_CHECKING:
+    FunctionSource = str | RewardFunction
+else:  # what a config can hold: the command line's parser goes by it
+    FunctionSource = str
+
 
 @dataclass
 class RewardSpec(NamedSettings):
@@ -52,13 +58,13 @@ class RewardSpec(NamedSettings):
     Args:
         function: A function or class by import path, such as ``my_module.my_reward``, or in a file,
             as in ``my_rewards.py:my_reward``, which is looked for in the working directory and
-            beside the config.
+            beside the config. In Python also the function, class or instance itself.
         weight: Factor of its scores in the sum.
-        name: Its name in logs; by default the last part of ``function``.
+        name: Its name in logs; by default that of the function.
         arguments: Arguments of the class, if it is one.
     """
 
-    function: str
+    function: FunctionSource
     weight: float = 1.0
     name: str | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -66,7 +72,11 @@ class RewardSpec(NamedSettings):
     @property
     def label(self) -> str:
         """Return the name in logs."""
-        return self.name or re.split("[.:]", self.function)[-1]
+        if self.name:
+            return self.name
+        if isinstance(self.function, str):
+            return re.split("[.:]", self.function)[-1]
+        return _name(self.function)
 
     def load(self) -> RewardFunction:
         """Return the function, or an instance of the class.
@@ -74,18 +84,59 @@ class RewardSpec(NamedSettings):
         Raises:
             UserError: The path cannot be imported or its arguments do not fit.
         """
+        function: Any = self.function
+        if isinstance(function, str):
+            try:
+                function = load_object(function)
+            except UserError as error:
+                raise UserError(f"scoring.rewards: {error}") from error.__cause__
+        if not isinstance(function, type):
+            if self.arguments:
+                raise UserError(
+                    f"scoring.rewards: {self.label} is no class and takes no arguments; got "
+                    f"{', '.join(self.arguments)}: remove them, or make it a class"
+                )
+            return function
         try:
-            function = load_object(self.function)
-        except UserError as error:
-            raise UserError(f"scoring.rewards: {error}") from error.__cause__
-        try:
-            made: RewardFunction = (
-                function(**self.arguments) if isinstance(function, type) else function
-            )
-            return made
+            return function(**self.arguments)
         except Exception as error:  # a class may do anything when it is made
             reason = str(error) if isinstance(error, _TOLD) else f"{type(error).__name__}: {error}"
-            raise UserError(f"scoring.rewards: arguments of {self.function}: {reason}") from error
+            raise UserError(f"scoring.rewards: arguments of {self.label}: {reason}") from error
+
+
+if TYPE_CHECKING:
+    Rewards = Sequence[RewardSpec | RewardFunction | str | Mapping[str, Any]]
+else:  # what a config can hold: the command line's parser goes by it
+    Rewards = list[RewardSpec]
+
+
+def reward_specs(setting: str, rewards: Rewards) -> list[RewardSpec]:
+    """Return what a list of rewards names, each as a spec.
+
+    Args:
+        setting: Name of the setting, for messages.
+        rewards: Functions, instances, specs, import paths, or mappings of a spec's fields.
+
+    Raises:
+        UserError: It is no list, or an entry is none of these.
+        TypeError: A mapping has an unknown key.
+    """
+    if isinstance(rewards, str | Mapping | RewardSpec) or callable(rewards):
+        raise UserError(f"{setting} must be a list; got {rewards!r:.60}: put it in brackets")
+    return [_spec(setting, entry) for entry in rewards]
+
+
+def _spec(setting: str, entry: Any) -> RewardSpec:
+    if isinstance(entry, RewardSpec):
+        return entry
+    if isinstance(entry, Mapping) and "function" in entry:
+        return RewardSpec(**entry)
+    if isinstance(entry, str) or (callable(entry) and not isinstance(entry, Mapping)):
+        return RewardSpec(entry)
+    raise UserError(
+        f"{setting} must hold reward functions, RewardSpec(function, weight=...), import paths or "
+        f"mappings such as {{function: my_module.my_reward, weight: 1.0}}; got {entry!r:.60}"
+    )
 
 
 def columns_asked_for(function: RewardFunction) -> tuple[set[str], bool]:
@@ -273,4 +324,6 @@ def _checked(function: RewardFunction, scores: Iterable[Any], number: int) -> li
 
 
 def _name(function: RewardFunction) -> str:
-    return getattr(function, "__name__", type(function).__name__)
+    while isinstance(function, partial):
+        function = function.func
+    return getattr(function, "__name__", type(function).__name__).strip("<>")  # as of a lambda

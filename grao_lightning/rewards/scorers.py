@@ -42,8 +42,16 @@ class Scorers:
         faults = Faults()
         labels = [spec.label for spec in self._specs]
         for label in sorted({label for label in labels if labels.count(label) > 1}):
-            faults.add(f"scoring.rewards: {label!r} names two reward functions; give each a name")
+            faults.add(
+                f"scoring.rewards: {label!r} names two reward functions; give each a "
+                "name of its own: name: in a config, RewardSpec(my_function, name=...) in Python"
+            )
         for spec in self._specs:
+            if not isinstance(spec.weight, int | float):
+                faults.add(
+                    f"scoring.rewards: the weight of {spec.label} must be a number; got "
+                    f"{spec.weight!r}"
+                )
             try:
                 self._function(spec)
             except UserError as error:

@@ -2,6 +2,7 @@
 
 import math
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -24,6 +25,16 @@ def word_count(completions):
 
 def missing_where_empty(completions):
     return [float(len(text.split())) if text else None for text in completions]
+
+
+class Words:
+    """A scorer that is an instance."""
+
+    def __call__(self, completions):
+        return word_count(completions)
+
+    def counted(self, completions):
+        return word_count(completions)
 
 
 class Verdicts:
@@ -409,3 +420,72 @@ def test_validation_logs_each_judge_and_what_is_missing(tmp_path, outage):
     # The first judge scored nothing, so it does not apply; the other's verdicts stand.
     assert logged["val/missing_rewards"] == 0
     assert math.isnan(logged["val/rewards/Outage/mean"])
+
+
+# -- what a list of rewards may hold in Python -----------------------------------------------------
+
+
+def scaled(completions, factor):
+    return [factor * words for words in word_count(completions)]
+
+
+@pytest.mark.parametrize(
+    ("reward", "label"),
+    [
+        (word_count, "word_count"),
+        (lambda completions: word_count(completions), "lambda"),
+        (partial(scaled, factor=1.0), "scaled"),
+        (Words(), "Words"),
+        (Words, "Words"),
+        (Words().counted, "counted"),
+        (RewardSpec(word_count), "word_count"),
+        (RewardSpec(word_count, name="words"), "words"),
+        (f"{HERE}.word_count", "word_count"),
+        ({"function": word_count}, "word_count"),
+        ({"function": f"{HERE}.word_count", "name": "words"}, "words"),
+    ],
+)
+def test_a_reward_may_be_given_as_what_it_is_by_path_or_in_a_spec(reward, label):
+    batch = scored(TEXTS, ANSWERS, rewards=[reward])
+    assert list(batch.rewards_by_name) == [label]
+    assert batch.rewards.tolist() == [[1, 2, 3, 2], [2, 2, 2, 2]]
+
+
+def test_kinds_of_rewards_mix_with_their_weights_and_judge_too():
+    rewards = [word_count, RewardSpec(Words(), weight=0.5), {"function": bonus, "weight": -1.0}]
+    batch = scored(TEXTS, ANSWERS, extra=[10, 20], rewards=rewards)
+    assert batch.rewards.tolist() == [[-8.5, -7, -5.5, -7], [-17, -17, -17, -17]]
+    judges = GroupScoring([word_count], judges=[Words(), "a.b"]).judges
+    assert [spec.label for spec in judges] == ["Words", "b"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"rewards": [lambda completions: [], lambda completions: []]},
+            r"'lambda' names two reward functions; .* RewardSpec\(my_function, name=",
+        ),
+        ({"rewards": [word_count, f"{HERE}.word_count"]}, "'word_count' names two reward"),
+        ({"rewards": [Words()], "judges": [Words()]}, "'Words' names two reward functions"),
+        ({"rewards": [RewardSpec(word_count, weight="much")]}, "weight of word_count must be a"),
+        ({"rewards": [RewardSpec(word_count, arguments={"a": 1})]}, "is no class and takes no"),
+    ],
+)
+def test_faults_of_rewards_in_python_are_told_with_the_fix(options, message):
+    with pytest.raises(UserError, match=message):
+        GroupScoring(**options).faults().raise_if_any()
+
+
+@pytest.mark.parametrize("one", [word_count, "a.b", RewardSpec("a.b"), {"function": "a.b"}])
+def test_a_lone_reward_is_asked_for_in_brackets(one):
+    with pytest.raises(UserError, match=r"scoring.rewards must be a list; .*brackets"):
+        GroupScoring(one)
+
+
+@pytest.mark.parametrize("entry", [3, None, {"weight": 1.0}])
+def test_what_is_no_reward_is_refused_with_what_may_stand_there(entry):
+    with pytest.raises(UserError, match=r"scoring.judges must hold reward functions, RewardSpec"):
+        GroupScoring([word_count], judges=[entry])
+    with pytest.raises(TypeError, match="'weigth'; did you mean weight"):
+        GroupScoring([{"function": word_count, "weigth": 1.0}])
