@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.language_model.test_scores import tiny_classifier
 
 import grao_lightning.language_model.loading
 from grao_lightning.data.encoding import PromptEncoder, conversation_text
@@ -15,6 +14,7 @@ from grao_lightning.faults import UserError
 from grao_lightning.rewards.model import RewardModel
 from grao_lightning.rewards.protocol import RewardSpec, call_rewards
 from tests.encoders import tiny_encoder_folder
+from tests.language_model.test_scores import tiny_classifier
 
 TURNS = [
     {"role": "user", "content": "apple river"},
