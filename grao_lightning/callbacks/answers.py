@@ -8,13 +8,16 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 
 from grao_lightning.batch import PromptBatch
+from grao_lightning.data.encoding import batch_as_read
 from grao_lightning.files import write_whole
 
 
 class ValidationAnswers(Callback):
     """Writes one line a validation prompt: texts, lengths, rewards and outcomes.
 
-    Other ranks than the first write ``answers.rank1.jsonl`` and so on. A missing score is null.
+    What ends in ``_as_read`` is what the token ids say: through the template, as long as
+    ``data.max_prompt_tokens`` allows, special tokens included. Other ranks than the first write
+    ``answers.rank1.jsonl`` and so on. A missing score is null.
     """
 
     def __init__(self) -> None:
@@ -41,7 +44,7 @@ class ValidationAnswers(Callback):
         """Take in a batch."""
         if not pl_module.samples:
             return
-        self._rows += answer_rows(batch)
+        self._rows += answer_rows(batch, pl_module.tokenizer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Write the rows, whole or not at all."""
@@ -52,8 +55,15 @@ class ValidationAnswers(Callback):
         write_whole(self._folder / f"answers{rank}.jsonl", lines)
 
 
-def answer_rows(batch: PromptBatch) -> list[dict[str, Any]]:
-    """Return a row a prompt of a sampled and scored validation batch."""
+def answer_rows(batch: PromptBatch, tokenizer: Any) -> list[dict[str, Any]]:
+    """Return a row a prompt of a sampled and scored validation batch.
+
+    Args:
+        batch: Of validation.
+        tokenizer: Of the policy: says what the token ids are, special tokens included.
+    """
+    as_read = batch_as_read(batch, tokenizer)
+    assert as_read.completions is not None
     assert batch.completions is not None
     assert batch.rewards is not None and batch.outcomes is not None
     has_answers = batch.has_reference_answers
@@ -72,6 +82,9 @@ def answer_rows(batch: PromptBatch) -> list[dict[str, Any]]:
                 len(batch.reference_answer_ids[number]) if has_answers else None
             ),
             "reference_answer_reward": batch.rewards[number, 1].item(),
+            "prompt_as_read": as_read.prompts[number],
+            "completion_as_read": as_read.completions.texts[number],
+            "reference_answer_as_read": as_read.reference_answers[number] if has_answers else None,
         }
         if batch.base_completions is not None:
             assert batch.base_rewards is not None and batch.base_outcomes is not None

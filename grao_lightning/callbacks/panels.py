@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from grao_lightning.batch import PromptBatch
+from grao_lightning.data.encoding import batch_as_read
 from grao_lightning.metrics.pairs import ReliabilityBin
 
 _TERMS = ("exploration", "imitation", "regularizer")
@@ -41,11 +42,15 @@ class TensorBoardPanels(Callback):
     Args:
         every_n_steps: Steps between two text panels in training; 0 = none.
         num_prompts: Prompts in a panel.
+        special_tokens: Show texts as token ids read, special tokens included.
     """
 
-    def __init__(self, every_n_steps: int = 25, num_prompts: int = 2) -> None:
+    def __init__(
+        self, every_n_steps: int = 25, num_prompts: int = 2, special_tokens: bool = False
+    ) -> None:
         self.every_n_steps = every_n_steps
         self.num_prompts = num_prompts
+        self.special_tokens = special_tokens
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Write the layout of the custom-scalar page."""
@@ -63,7 +68,7 @@ class TensorBoardPanels(Callback):
     ) -> None:
         """Write the groups of this step."""
         due = self.every_n_steps and (trainer.global_step - 1) % self.every_n_steps == 0
-        self._write(trainer, "train/completions", batch, bool(due))
+        self._write(trainer, pl_module, "train/completions", batch, bool(due))
 
     def on_validation_batch_end(
         self,
@@ -75,7 +80,7 @@ class TensorBoardPanels(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Write the first validation prompts with the answers of the policy and of the base."""
-        self._write(trainer, "val/completions", batch, batch_idx == 0)
+        self._write(trainer, pl_module, "val/completions", batch, batch_idx == 0)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Write a reward model's reliability curve."""
@@ -84,9 +89,13 @@ class TensorBoardPanels(Callback):
             table = reliability_table(pl_module.reliability)
             writer.add_text("val/reliability", table, trainer.global_step)
 
-    def _write(self, trainer: Trainer, tag: str, batch: PromptBatch, due: bool) -> None:
+    def _write(
+        self, trainer: Trainer, pl_module: Any, tag: str, batch: PromptBatch, due: bool
+    ) -> None:
         writer = _writer(trainer)
         if writer is not None and due and batch.completions is not None:
+            if self.special_tokens:
+                batch = batch_as_read(batch, pl_module.tokenizer)
             writer.add_text(tag, completion_table(batch, self.num_prompts), trainer.global_step)
 
 

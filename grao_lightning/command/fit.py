@@ -125,6 +125,10 @@ class GRAOCommandLine(LightningCLI):
         if settings.enable_progress_bar is False:
             callbacks = self.trainer_defaults["callbacks"]
             callbacks[:] = [part for part in callbacks if not isinstance(part, StepProgressBar)]
+        given = self.config_init[self._command].trainer.callbacks or []
+        kinds = {type(part) for part in (given if isinstance(given, list) else [given])}
+        callbacks = self.trainer_defaults["callbacks"]  # each gives way to one of the user's
+        callbacks[:] = [part for part in callbacks if type(part) not in kinds]
         try:
             return super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError, MisconfigurationException) as error:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jinja2 import TemplateError
 
+from grao_lightning.batch import Completions, PromptBatch
 from grao_lightning.data.formats import Message
 from grao_lightning.data.templates import hh_template, is_hh
 from grao_lightning.faults import UserError
@@ -294,6 +295,35 @@ def text_of(tokenizer: Any, ids: Sequence[int], after: Sequence[int] = ()) -> st
     before, whole = decoded(list(after)), decoded([*after, *ids])
     # A character may lie across the two.
     return whole[len(before) :] if whole.startswith(before) else decoded(list(ids))
+
+
+def batch_as_read(batch: PromptBatch, tokenizer: Any) -> PromptBatch:
+    """Return a batch whose texts are what the ids say, special tokens included.
+
+    Args:
+        batch: Sampled.
+        tokenizer: Of the policy.
+    """
+
+    def texts_of(completions: Completions) -> list[str]:
+        owners = [number // completions.group_size for number in range(len(completions.ids))]
+        return [
+            text_of(tokenizer, ids, batch.prompt_ids[owner])
+            for ids, owner in zip(completions.ids, owners, strict=True)
+        ]
+
+    answers = zip(batch.reference_answer_ids, batch.prompt_ids, strict=True)
+    sampled = {
+        name: replace(completions, texts=texts_of(completions))
+        for name in ("completions", "base_completions")
+        if (completions := getattr(batch, name)) is not None
+    }
+    return replace(
+        batch,
+        prompts=[text_of(tokenizer, ids) for ids in batch.prompt_ids],
+        reference_answers=[text_of(tokenizer, ids, prompt) for ids, prompt in answers],
+        **sampled,
+    )
 
 
 def _form(chat_template: str | None, own: Any) -> str:

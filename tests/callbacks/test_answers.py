@@ -63,7 +63,7 @@ def test_a_missing_score_is_null(tmp_path):
             batch.rewards[0, 0] = math.nan
             batch.outcomes = batch.outcomes.clone()
             batch.outcomes[0, 0] = torch.nan
-            kept.extend(answer_rows(batch))
+            kept.extend(answer_rows(batch, pl_module.tokenizer))
 
     data = {"validation_prompts": 4}
     fit(tmp_path, callbacks=[*stages(), Missing()], data=data, **{**VALIDATED, "max_steps": 2})
