@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from grao_lightning.rewards.importing import config_files
+from grao_lightning.faults import UserError
+from grao_lightning.rewards.importing import config_files, load_object
 
 _TYPES = {
     "int": "a whole number",
@@ -34,6 +35,7 @@ _EXPECTED = re.compile(r"Expected an? (<class '.*?'>|typing\.Literal\[.*?\])")
 _VALUE = re.compile(r"(?:Got|Given) value: (.*)")
 _CHOICES = re.compile(r"Literal\[(.*)\]")
 _NO_IMPORT = re.compile(r"given class_path '([\w.]+)':\s*(.*)|dot import path string: (.*)")
+_FILE = re.compile(r"(?:.*/)?(\w+)\.py:(\w+)")  # as of a reward function
 _NO_CLASS = re.compile(r"Not a valid subclass of (\w+)")
 _NO_SUBCLASS = re.compile(r"Import path ([\w.]+) does not correspond to a subclass of (\w+)")
 
@@ -71,10 +73,16 @@ def explain(
     if found := _NO_SUBCLASS.search(message):
         return f"{setting}.class_path must be a subclass of {found[2]}; got {found[1]}"
     if owner is None and (found := _NO_IMPORT.search(message)):
-        reason = found[2] or "give package.module.Class"
-        return f"{setting}.class_path: cannot import {found[1] or found[3]!r}: {reason}"
+        path = found[1] or found[3]
+        try:
+            load_object(path)
+        except UserError as error:
+            return f"{setting}.class_path: {error}"
+        return f"{setting}.class_path: cannot import {path!r}: {found[2] or 'give module.Class'}"
     given = _VALUE.search(message)
     got = f"; got {given[1]}" if given else ""
+    if given and (file := _FILE.fullmatch(given[1])):
+        return f"{setting}.class_path must be module.Class{got}: write {file[1]}.{file[2]}"
     if found := _NO_CLASS.search(message):
         return f"{setting} must hold {_FORMS.get(found[1], 'class_path and init_args only')}{got}"
     expected = [_expected(text) for text in _EXPECTED.findall(message)]

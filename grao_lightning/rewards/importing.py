@@ -82,16 +82,15 @@ def load_object(path: str) -> Any:
         module_name, _, name = path.replace(":", ".").rpartition(".")
         module = _module_by_name(path, module_name)
     found = getattr(module, name, None) if name else None
-    if callable(found):
-        return found
-    hidden = "" if file else hidden_file(module.__name__)
-    raise UserError(
-        f"{module.__file__ or module.__name__} {_lacks(module, name, found)}"
-        f"{hidden and '; ' + hidden}"
-    )
+    hidden = "" if file else _hidden_file(module.__name__)
+    if not callable(found):
+        raise UserError(f"cannot import {path!r}: {hidden or _lack(module, name, found)}")
+    if hidden:
+        log.warning("%s: %s", path, hidden)
+    return found
 
 
-def hidden_file(module_name: str) -> str:
+def _hidden_file(module_name: str) -> str:
     """Return that an installed module hides an own file of its name, and the fix, or nothing."""
     top = module_name.partition(".")[0]
     own, spec = _own_files(top), _spec(top)
@@ -99,7 +98,7 @@ def hidden_file(module_name: str) -> str:
         return ""
     return (
         f"the installed module {top} ({spec.origin or 'a folder'}) hides {own[0]}: rename that "
-        f"file, or name what is in it as {own[0].name}:my_reward"
+        f"file; a reward function may be named as {own[0].name}:its_name instead"
     )
 
 
@@ -109,29 +108,26 @@ def _module_by_name(path: str, name: str) -> ModuleType:
             f"cannot import {path!r}: give the path of a function or class as module.name, or as "
             "my_rewards.py:name"
         )
-    if not hidden_file(name):
+    if not _hidden_file(name):
         _refuse_two(path, _own_files(name.partition(".")[0]))
     try:
-        module = importlib.import_module(name)
+        return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise _failure(path, error) from error  # another one, which the module imports
         raise UserError(_not_found(path, error.name)) from None
     except (Exception, SystemExit) as error:  # a user's file may do anything
         raise _failure(path, error) from error
-    if hidden := hidden_file(name):
-        log.warning("%s: %s", path, hidden)
-    return module
 
 
 def _module_of_file(path: str, file: str) -> ModuleType:
     places = _own_folders()
     found = [place for folder in places if (place := folder / Path(file).expanduser()).is_file()]
     if not found:
-        where = [str(Path(file).parent)] if Path(file).is_absolute() else map(str, places)
-        names = [place.name for folder in places for place in folder.glob("*.py")]
+        at = list(dict.fromkeys((folder / Path(file).expanduser()).parent for folder in places))
+        names = [place.name for folder in at for place in folder.glob("*.py")]
         raise UserError(
-            f"no such file: {file} (looked in {', '.join(where)})"
+            f"cannot import {path!r}: no such file: {file} (looked in {', '.join(map(str, at))})"
             f"{_meant(Path(file).name, names) or '; give its path'}"
         )
     _refuse_two(path, found)
@@ -168,28 +164,28 @@ def _imported_apart(source: Path) -> ModuleType:
 def _not_found(path: str, missing: str) -> str:
     places = _own_folders()
     top, _, rest = missing.partition(".")
-    where = f"{top}.py in {', '.join(map(str, places))}, and {top} among the installed packages"
     if rest:
-        return f"cannot import {path!r}: there is no {missing}; give module.name or file.py:name"
+        return f"cannot import {path!r}: {top} has no module {rest}; give module.name"
     names = [file.stem for folder in places for file in folder.glob("*.py")]
     return (
-        f"cannot import {path!r}: looked for {where}"
-        f"{_meant(top, names) or '; give the file, as in path/to/' + top + '.py:name'}"
+        f"cannot import {path!r}: no {top}.py in {' or '.join(map(str, places))}, and no installed "
+        f"package {top}{_meant(top, names) or ': put it there, or give its name in full'}"
     )
 
 
-def _lacks(module: ModuleType, name: str, found: Any) -> str:
+def _lack(module: ModuleType, name: str, found: Any) -> str:
+    where = module.__file__ or module.__name__
     if found is not None:
-        return f"has no function or class {name!r} but {found!r:.60}"
-    defined = [
+        return f"{name} must be a function or class in {where}; got {found!r:.60}"
+    defined = getattr(module, "__all__", None) or [
         other
         for other, value in vars(module).items()
         if callable(value) and not other.startswith("_")
         if getattr(value, "__module__", None) == module.__name__
     ]
-    what = f"has no {name!r}" if name else "must be followed by the name of a function or class"
-    listed = ", ".join(defined[:12]) or "no function or class"
-    return f"{what}; it defines {listed}{_meant(name, defined)}"
+    what = f"has no {name!r}" if name else "must be followed by :name"
+    listed = ", ".join(defined[:20]) or "no function or class"
+    return f"{where} {what}; it defines {listed}{_meant(name, defined)}"
 
 
 def _meant(name: str, names: Sequence[str]) -> str:
@@ -205,8 +201,8 @@ def _refuse_two(path: str, files: Sequence[Path]) -> None:
     """
     if len({file.read_bytes() for file in files}) > 1:
         raise UserError(
-            f"{path!r} may be {' or '.join(map(str, files))}, which differ: give the whole path, "
-            f"as in {files[0]}:name"
+            f"cannot import {path!r}: it may be {' or '.join(map(str, files))}, which differ: "
+            f"give the whole path, as in {files[0]}:name"
         )
 
 
@@ -225,7 +221,7 @@ def _failure(path: str, error: BaseException) -> UserError:
         place = f"{frame.filename}, line {frame.lineno}"
         reason = " ".join(f"{type(error).__name__}: {error}".split())
     fix = f"install {error.name}" if isinstance(error, ModuleNotFoundError) else "mend that line"
-    return UserError(f"{path!r} fails to import: {place}: {reason}; {fix}")
+    return UserError(f"cannot import {path!r}: {place}: {reason}; {fix}")
 
 
 # -- where things lie ------------------------------------------------------------------------------
