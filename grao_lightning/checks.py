@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, Trainer
 
 from grao_lightning.callbacks.clipping import ReferenceAwareClipping
@@ -12,6 +13,7 @@ from grao_lightning.callbacks.scoring import GroupScoring
 from grao_lightning.faults import Faults, UserError
 
 _STAGES = (GroupSampling, GroupScoring, ReferenceAwareClipping)
+_MADE = "or make the Trainer with grao_lightning.make_trainer"
 _WHOLE = ("32-true", "64-true")
 _MONITORS = ("val/ras", "val/accuracy")  # of modules that sample, and of reward models
 
@@ -77,13 +79,14 @@ def _stage_faults(trainer: Trainer, module: Any) -> Faults:
         number = sum(isinstance(callback, stage) for callback in found)
         if number != 1:
             faults.add(
-                f"trainer.callbacks must hold one {stage.__name__}; got {number}: pass {wanted}"
+                f"trainer.callbacks must hold one {stage.__name__}; got {number}: pass {wanted}, "
+                f"{_MADE}, which adds what is missing"
             )
     if not faults and not all(map(isinstance, found, _STAGES)):
         order = ", ".join(type(callback).__name__ for callback in found)
         faults.add(
             f"trainer.callbacks must come in the order {wanted}, since each fills what the next "
-            f"one reads; got {order}"
+            f"one reads; got {order}: put them in order, {_MADE}, which does"
         )
     for callback in found:
         if isinstance(callback, ReferenceAwareClipping):
@@ -119,7 +122,21 @@ def _clipping_faults(trainer: Trainer, module: Any) -> Faults:
 def _trainer_faults(trainer: Trainer, command: str | None) -> Faults:
     faults = Faults()
     if command == "fit" and trainer.max_steps < 0:
-        faults.add("trainer.max_steps must be set, since the prompts are endless; got -1")
+        faults.add(
+            "trainer.max_steps must be set, since the prompts are endless; got -1: set it, as in "
+            "max_steps=200"
+        )
+    if command == "fit" and _never_validates(trainer):
+        faults.add(
+            "trainer.val_check_interval must be a whole number of steps, since the prompts are "
+            "endless and no epoch ends; got 1.0, with which nothing is validated: set it and "
+            f"check_val_every_n_epoch=None, limit_val_batches=0 for no validation, {_MADE}"
+        )
+    if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
+        faults.add(
+            "trainer.use_distributed_sampler must be False, since data.prompts_per_step is shared "
+            f"by the devices already; got True: set it, {_MADE}"
+        )
     if trainer.gradient_clip_val:
         faults.add(
             "trainer.gradient_clip_val must not be set, since ReferenceAwareClipping clips; got "
@@ -140,6 +157,12 @@ def _trainer_faults(trainer: Trainer, command: str | None) -> Faults:
     return faults
 
 
+def _never_validates(trainer: Trainer) -> bool:
+    """Return whether a validation is wanted, and left to the end of an epoch, which never comes."""
+    interval = trainer.val_check_interval
+    return trainer.limit_val_batches != 0 and isinstance(interval, float) and interval == 1.0
+
+
 def _precision_faults(trainer: Trainer, module: Any) -> Faults:
     faults = Faults()
     precision = str(trainer.precision)
@@ -148,6 +171,14 @@ def _precision_faults(trainer: Trainer, module: Any) -> Faults:
             "model.master_weights must be false where the weights are float32 or wider themselves; "
             f"got true with trainer.precision={precision}: remove it, or set "
             "trainer.precision=bf16-true"
+        )
+    dtype = getattr(module.trained_source, "dtype", None)
+    if dtype in (torch.bfloat16, torch.float16) and precision not in ("bf16-true", "16-true"):
+        faults.add(
+            f"{module.source_setting} must have float32 weights with trainer.precision="
+            f"{precision}, since small steps round away in {str(dtype)[6:]}; got "
+            "that: load it with dtype=torch.float32, or set trainer.precision=bf16-true and "
+            "model.master_weights=true"
         )
     return faults
 

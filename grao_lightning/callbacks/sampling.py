@@ -10,7 +10,6 @@ from grao_lightning.batch import Completions, PromptBatch
 from grao_lightning.callbacks.console import StepProgressBar
 from grao_lightning.callbacks.phase import RareWarning, phase
 from grao_lightning.faults import Faults, NamedSettings
-from grao_lightning.language_model.loading import eos_ids
 from grao_lightning.randomness import run_seed
 from grao_lightning.sampling.completions import sample_completions
 from grao_lightning.sampling.draw import Progress, SamplingSettings, Stream, row_uniforms
@@ -149,7 +148,7 @@ class GroupSampling(NamedSettings, Callback):
                 top_k=self.top_k,
                 top_p=self.top_p,
                 min_p=self.min_p,
-                eos_ids=eos_ids(pl_module.policy_source, pl_module.tokenizer),
+                eos_ids=pl_module.eos_ids(),
                 stop_strings=tuple(self.stop_strings),
             )
         return self._settings

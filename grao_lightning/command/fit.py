@@ -192,9 +192,9 @@ class GRAOCommandLine(LightningCLI):
 
 
 def _tokenizer_source(model: dict[str, Any]) -> Any:
-    """Return the source of the trained model, whose tokenizer encodes the data."""
+    """Return the source of the tokenizer: the trained model's, unless it is set."""
     settings = model["init_args"]
-    return settings.get("policy", settings.get("backbone"))
+    return settings.get("tokenizer") or settings.get("policy", settings.get("backbone"))
 
 
 def run(command: str) -> GRAOCommandLine:

@@ -3,11 +3,11 @@
 import logging
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from glob import has_magic
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -21,8 +21,16 @@ from grao_lightning.data.sampler import StepBatchSampler
 from grao_lightning.data.templates import template_fault, template_text
 from grao_lightning.data.text_pairs import encoder_for
 from grao_lightning.faults import Faults, NamedSettings, UserError
-from grao_lightning.language_model.loading import eos_ids, load_tokenizer
+from grao_lightning.language_model.loading import checked_tokenizer, eos_ids, load_tokenizer
+from grao_lightning.language_model.tokenizing import TokenizerSource, tokenizer_difference
 from grao_lightning.randomness import run_seed
+
+if TYPE_CHECKING:
+    import datasets
+
+    RowSource: TypeAlias = str | list[str] | Sequence[Mapping[str, Any]] | datasets.Dataset
+else:  # what a config can hold: the command line's parser goes by it
+    RowSource = str | list[str]
 
 log = logging.getLogger(__name__)
 
@@ -37,10 +45,11 @@ class PromptDataModule(NamedSettings, LightningDataModule):
 
     Args:
         train: Hub name, local file or files (JSONL, JSONL.gz, Parquet, CSV), or
-            ``embedded:keywords``.
-        validation: As ``train``; by default the same source with ``validation_split``. Files have
-            no splits: name a held-out one, or the figures are those of training rows.
-        tokenizer: Hub name, folder or file; linked to ``model.policy`` in the CLI.
+            ``embedded:keywords``. In Python also a `datasets.Dataset`, or a list of rows as dicts.
+        validation: As ``train``; by default the same source with ``validation_split``. Files and
+            rows have no splits: name a held-out one, or the figures are those of training rows.
+        tokenizer: Hub name or folder, in Python also a loaded one; null = the module's own, which
+            another one must equal. Needed where there is no module: without a trainer.
         subset: Configuration of a hub data set.
         data_dir: Folder inside a hub data set, such as ``harmless-base`` of Anthropic/hh-rlhf.
         train_split: Split of ``train``.
@@ -63,9 +72,9 @@ class PromptDataModule(NamedSettings, LightningDataModule):
 
     def __init__(
         self,
-        train: str | list[str] = "embedded:keywords",
-        validation: str | list[str] | None = None,
-        tokenizer: str = "embedded:keywords",
+        train: RowSource = "embedded:keywords",
+        validation: RowSource | None = None,
+        tokenizer: TokenizerSource | None = None,
         subset: str | None = None,
         data_dir: str | None = None,
         train_split: str = "train",
@@ -82,7 +91,10 @@ class PromptDataModule(NamedSettings, LightningDataModule):
     ) -> None:
         super().__init__()
         self.prompts_per_step = prompts_per_step
-        self._sources = {"train": train, "validation": train if validation is None else validation}
+        self._sources: dict[str, Any] = {
+            "train": train,
+            "validation": train if validation is None else validation,
+        }
         self._splits = {"train": train_split, "validation": validation_split}
         self.validation_prompts = validation_prompts
         self._tokenizer_source = tokenizer
@@ -121,33 +133,39 @@ class PromptDataModule(NamedSettings, LightningDataModule):
             )
         faults.add(template_fault(self._chat_template))
         faults.add(_source_fault("data.train", self._sources["train"]))
-        if self._sources["validation"] != self._sources["train"]:
+        if not self._is_one_source:
             faults.add(_source_fault("data.validation", self._sources["validation"]))
         return faults
 
     @property
     def validates_on_train_rows(self) -> bool:
-        """Return whether both splits are the same files, which have no splits."""
-        train = self._sources["train"]
-        return self._sources["validation"] == train and _is_files(train)
+        """Return whether both splits are the same files or rows, which have no splits."""
+        return self._is_one_source and _has_no_splits(self._sources["train"])
+
+    @property
+    def _is_one_source(self) -> bool:
+        train, validation = self._sources.values()
+        return validation is train or (_is_named(train) and bool(validation == train))
 
     def setup(self, stage: str) -> None:
         """Read the rows; the train split only where it is trained on or a reward learns from it."""
+        module: Any = self.trainer and self.trainer.lightning_module
+        if hasattr(module, "check_run"):
+            module.check_run()  # what is wrong elsewhere is told before anything is read
         if self.validates_on_train_rows:
             rank_zero_warn(
-                f"data.validation is data.train ({self._sources['train']}), and files have no "
-                "splits: RAS, NAG and reward will be those of training rows; name a held-out file"
+                f"data.validation is data.train ({_told(self._sources['train'])}), and files and "
+                "rows have no splits: RAS, NAG and reward will be those of training rows; name "
+                "held-out ones"
             )
         if self.encoder is None:
-            setting = "data.tokenizer (in configs: model.policy)"
-            tokenizer = load_tokenizer(setting, self._tokenizer_source)
+            tokenizer, ends = self._tokenizer(module)
             self.encoder = encoder_for(
                 tokenizer,
                 max_prompt_tokens=self._max_prompt_tokens,
                 chat_template=template_text(self._chat_template),
-                eos_ids=eos_ids(self._tokenizer_source, tokenizer),
+                eos_ids=ends,
             )
-        module = self.trainer and self.trainer.lightning_module
         self._reads_rejected = getattr(module, "trains_on_pairs", False)
         if module is not None:
             needs = getattr(module, "needs_reference_answers", True)
@@ -162,6 +180,38 @@ class PromptDataModule(NamedSettings, LightningDataModule):
                 f"data.prompts_per_step must be <= {num_rows}, the usable rows of data.train, or a "
                 f"step sees a prompt twice; got {self.prompts_per_step}: lower it or add data"
             )
+
+    def _tokenizer(self, module: Any) -> tuple[Any, tuple[int, ...]]:
+        """Return the tokenizer and every id that ends a sequence.
+
+        Raises:
+            UserError: There is none, or another one than the module's.
+        """
+        given, own = self._tokenizer_source, None
+        if hasattr(module, "own_tokenizer"):
+            own = module.own_tokenizer()
+        if own is None and given is None:
+            raise UserError(
+                "data.tokenizer must be set where no module gives its own, as without a trainer: "
+                "PromptDataModule(tokenizer=...), a hub name, a folder or a loaded tokenizer; got "
+                "null"
+            )
+        if own is not None and (given is None or given in (own, module.tokenizer_name)):
+            return own, module.eos_ids()
+        setting = "data.tokenizer"
+        if isinstance(given, str):
+            tokenizer = load_tokenizer(setting, given)
+        else:
+            tokenizer = checked_tokenizer(setting, given)
+        if own is None:
+            return tokenizer, eos_ids(given if isinstance(given, str) else None, tokenizer)
+        difference = tokenizer_difference(own, tokenizer, templates=self._chat_template is None)
+        if difference:
+            raise UserError(
+                f"data.tokenizer must read as that of {module.source_setting} does, or the model "
+                f"learns other tokens than it samples: {difference}; remove data.tokenizer"
+            )
+        return own, module.eos_ids()
 
     @property
     def template_in_use(self) -> str | None:
@@ -210,13 +260,13 @@ class PromptDataModule(NamedSettings, LightningDataModule):
                 raise UserError(f"data.{split}: {error}") from None
             log.info("data.%s: %s", split, report)
             if not examples:
-                raise UserError(f"data.{split}: no usable row in {source}: {report}")
+                raise UserError(f"data.{split}: no usable row in {_told(source)}: {report}")
             self._written[split] = report.prompts
             self.examples[split] = examples
         if self._answers_needed_by and not self.has_reference_answers(split):
             raise UserError(
-                f"data.{split}: {self._sources[split]} has prompts without reference answers, and "
-                f"{self._answers_needed_by} needs those; add a column completion (or "
+                f"data.{split}: {_told(self._sources[split])} has prompts without reference "
+                f"answers, and {self._answers_needed_by} needs those; add a column completion (or "
                 "chosen and rejected), name yours with data.rename, e.g. {answer: completion}, or "
                 "train with GRPOModule or PPOModule and scoring.comparison=raw, which need none"
             )
@@ -238,6 +288,8 @@ class PromptDataModule(NamedSettings, LightningDataModule):
             from grao_lightning.embedded.keywords import keyword_rows
 
             return keyword_rows(split)
+        if not _is_named(source):
+            return source
         from grao_lightning.data.sources import load_rows  # imports `datasets`, which takes long
 
         return load_rows(
@@ -338,8 +390,21 @@ class _Numbered(Dataset[tuple[int, Example]]):
         return index, self._examples[index]
 
 
-def _source_fault(setting: str, source: str | list[str]) -> str | None:
+def _is_named(source: Any) -> bool:
+    """Return whether rows are named, and not there already."""
+    one = isinstance(source, str)
+    return one or (isinstance(source, list) and all(isinstance(part, str) for part in source))
+
+
+def _told(source: Any) -> str:
+    """Return a source in a few words."""
+    return str(source) if _is_named(source) else f"{len(source)} rows"
+
+
+def _source_fault(setting: str, source: Any) -> str | None:
     """Return what is wrong with a source as far as can be told without reading it."""
+    if not _is_named(source):
+        return _rows_fault(setting, source)
     from grao_lightning.data.sources import is_local
 
     for path in [source] if isinstance(source, str) else source:
@@ -351,8 +416,29 @@ def _source_fault(setting: str, source: str | list[str]) -> str | None:
     return None
 
 
-def _is_files(source: str | list[str]) -> bool:
-    """Return whether a source is one or more local files, and not a folder or a hub name."""
+def _rows_fault(setting: str, rows: Any) -> str | None:
+    """Return what is wrong with rows that are handed over."""
+    import datasets
+
+    rule = f"{setting} must be a source's name, a datasets.Dataset or a list of rows as dicts"
+    got = f"{rule}; got {type(rows).__name__}"
+    if isinstance(rows, Mapping):  # a DatasetDict too
+        return f"{got}: take one of {', '.join(map(str, rows))}"
+    if isinstance(rows, datasets.IterableDataset):
+        return f"{got}, whose end is not known: take list({setting}.take(10_000)) or so"
+    if not isinstance(rows, datasets.Dataset | list | tuple):
+        return got
+    if not len(rows):
+        return f"{rule}; got no row"
+    if not isinstance(rows, datasets.Dataset):
+        for number, row in enumerate(rows, start=1):
+            if not isinstance(row, Mapping):
+                return f"{rule}; got {type(row).__name__} as row {number}: {row!r:.60}"
+    return None
+
+
+def _has_no_splits(source: Any) -> bool:
+    """Return whether a source is rows or local files, and not a folder or a hub name."""
     from grao_lightning.data.sources import is_local
 
     if isinstance(source, str):

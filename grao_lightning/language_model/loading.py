@@ -1,14 +1,63 @@
 """Where policies and tokenizers come from: a hub name, a folder, a GGUF file, or embedded."""
 
+import hashlib
 import logging
 import sys
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grao_lightning.faults import UserError
 
+if TYPE_CHECKING:
+    from torch.nn import Module
+
+    ModelSource = str | Module
+else:  # what a config can hold: the command line's parser goes by it
+    ModelSource = str
+
 _EMBEDDED = "embedded:"
+_HANDED_OVER = "handed over as "
+_CLASSIFIER = "ForSequenceClassification"
+
+
+def source_name(source: Any) -> str:
+    """Return a source of a model or tokenizer as text, which stands in checkpoints for an object.
+
+    >>> source_name("embedded:keywords")
+    'embedded:keywords'
+    """
+    return source if isinstance(source, str) else f"{_HANDED_OVER}{type(source).__name__}"
+
+
+def model_fault(setting: str, source: ModelSource, *, is_policy: bool, trained: bool) -> str | None:
+    """Return what is wrong with a model that is handed over, or with a source as `source_fault`.
+
+    Args:
+        setting: Name of the setting, for the message.
+        source: As in `load_model`, or a model.
+        is_policy: A causal language model, else a sequence classification model of one label.
+        trained: Whether it is to be trained.
+    """
+    if isinstance(source, str):
+        return source_fault(setting, source)
+    kind, name = type(source).__name__, "AutoModel" + ("ForCausalLM" if is_policy else _CLASSIFIER)
+    if not hasattr(source, "config") or not hasattr(source, "get_input_embeddings"):
+        return f"{setting} must be a source or a loaded model of transformers; got {kind}"
+    model: Any = source
+    if is_policy and (kind.endswith(_CLASSIFIER) or model.get_output_embeddings() is None):
+        return f"{setting} must be a causal language model; got {kind}: load it with {name}"
+    if not is_policy and not (kind.endswith(_CLASSIFIER) and model.config.num_labels == 1):
+        return (
+            f"{setting} must be a sequence classification model of one label; got {kind} of "
+            f"{model.config.num_labels}: load it with {name}.from_pretrained(..., num_labels=1)"
+        )
+    if trained and not any(parameter.requires_grad for parameter in source.parameters()):
+        return (
+            f"{setting} must have a parameter that requires a gradient, or nothing is trained; got "
+            "none: call requires_grad_(True) on what shall be trained"
+        )
+    return None
 
 
 def source_fault(setting: str, source: str) -> str | None:
@@ -18,6 +67,11 @@ def source_fault(setting: str, source: str) -> str | None:
         setting: Name of the setting, for the message.
         source: As in `load_model`.
     """
+    if source.startswith(_HANDED_OVER):
+        return (
+            f"{setting} was {source}, which no checkpoint keeps: hand it over again, as in "
+            "load_from_checkpoint(path, policy=model), or give a hub name or folder"
+        )
     if source.startswith(_EMBEDDED):
         from grao_lightning.embedded.base import BASES
 
@@ -133,20 +187,53 @@ def load_tokenizer(setting: str, source: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    tokenizer = _load(setting, source, AutoTokenizer)
+    return checked_tokenizer(setting, _load(setting, source, AutoTokenizer))
+
+
+def checked_tokenizer(setting: str, tokenizer: Any) -> Any:
+    """Return a tokenizer that can be used.
+
+    Raises:
+        UserError: It is none, or has neither an end-of-sequence token nor, as encoders have, one
+            that starts a text.
+    """
+    if not hasattr(tokenizer, "get_vocab"):
+        raise UserError(
+            f"{setting} must be a source or a loaded tokenizer of transformers; got "
+            f"{type(tokenizer).__name__}"
+        )
     if tokenizer.eos_token_id is None and tokenizer.cls_token_id is None:
         raise UserError(
-            f"{setting}: the tokenizer of {source} has no end-of-sequence token; set it"
+            f"{setting}: the tokenizer of {tokenizer.name_or_path} has no end-of-sequence token; "
+            "set it"
         )
     return tokenizer
 
 
-def eos_ids(source: str, tokenizer: Any) -> tuple[int, ...]:
-    """Return every token id that ends a sequence: the tokenizer's and the generation config's."""
+def fingerprint(model: Any) -> str:
+    """Return what tells the weights of two models apart, on whatever device, from a few of each."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        few = parameter.detach().flatten()[:: max(1, parameter.numel() // 8)]
+        digest.update(f"{name} {few.double().tolist()}".encode())
+    return digest.hexdigest()
+
+
+def eos_ids(source: ModelSource | None, tokenizer: Any) -> tuple[int, ...]:
+    """Return every token id that ends a sequence: the tokenizer's and the generation config's.
+
+    Args:
+        source: Of the model, or a model; None: there is none.
+        tokenizer: Of the model.
+    """
     from transformers import GenerationConfig
 
     ids = [tokenizer.eos_token_id]
-    if not source.startswith(_EMBEDDED) and not source.endswith(".gguf"):
+    if not isinstance(source, str):
+        configured: Any = getattr(source, "generation_config", None)
+        configured = getattr(configured, "eos_token_id", None)
+        ids += configured if isinstance(configured, list) else [configured]
+    elif not source.startswith(_EMBEDDED) and not source.endswith(".gguf"):
         try:
             configured = GenerationConfig.from_pretrained(source).eos_token_id
         except OSError:  # many models ship none
@@ -158,7 +245,10 @@ def eos_ids(source: str, tokenizer: Any) -> tuple[int, ...]:
 def _load(setting: str, source: str, auto_class: Any, **options: Any) -> Any:
     import transformers
 
-    fault = source_fault(setting, source)
+    of_tokenizer = auto_class is transformers.AutoTokenizer
+    # Such a folder needs no model beside it.
+    alone = of_tokenizer and (Path(source).expanduser() / "tokenizer_config.json").is_file()
+    fault = None if alone else source_fault(setting, source)
     if fault:
         raise UserError(fault)
     if not sys.stderr.isatty():  # in a log file a bar is noise

@@ -5,20 +5,27 @@ from copy import deepcopy
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import Unpack
 
 from grao_lightning.batch import PromptBatch, TokenRow
 from grao_lightning.faults import Faults
 from grao_lightning.language_model.head import Weigh
-from grao_lightning.language_model.loading import load_model, load_tokenizer, source_fault
+from grao_lightning.language_model.loading import (
+    ModelSource,
+    fingerprint,
+    load_model,
+    model_fault,
+    source_name,
+)
 from grao_lightning.language_model.logprobs import (
     MicroBatch,
     TokenLogprobs,
     split_by_tokens,
     token_logprobs,
 )
-from grao_lightning.language_model.sharing import share_prompts
+from grao_lightning.language_model.sharing import share_prompts, shares_prompts
 from grao_lightning.metrics.outcomes import GainKind, TiesAs
 from grao_lightning.modules.step import StepModule, StepSettings
 from grao_lightning.modules.validation import ValidationMetrics
@@ -32,8 +39,8 @@ Beside = Callable[[list[int], TokenLogprobs], Tensor]  # -> loss that is added t
 class AlignmentSettings(StepSettings, total=False):
     """Names and types of the settings of `AlignmentModule`, for editors and type checkers."""
 
-    policy: str
-    reference_model: str | None
+    policy: ModelSource
+    reference_model: ModelSource | None
     logprob_temperature: float
     ties_as: TiesAs
     gain: GainKind
@@ -45,9 +52,11 @@ class AlignmentModule(StepModule):
     Subclasses write ``training_step`` and call `ascend` and `finish_step` in it.
 
     Args:
-        policy: Model to train: hub name, folder, ``.gguf`` file or ``embedded:keywords``.
+        policy: Model to train: hub name, folder, ``.gguf`` file or ``embedded:keywords``. In Python
+            also a loaded model of transformers, which is trained in place.
         reference_model: Frozen model for drift, clipping and NAG's untrained base: "policy" (a copy
-            of the policy before training), another source, or null (none of these then).
+            of the policy before training), another source or, in Python, model, or null (none of
+            these then).
         logprob_temperature: Divides the logits in training. 1 trains the policy itself, whatever
             temperature samples it.
         ties_as: What a tie counts as in RAS: win, half or loss.
@@ -65,18 +74,22 @@ class AlignmentModule(StepModule):
 
     def __init__(
         self,
-        policy: str = "embedded:keywords",
-        reference_model: str | None = "policy",
+        policy: ModelSource = "embedded:keywords",
+        reference_model: ModelSource | None = "policy",
         logprob_temperature: float = 1.0,
         ties_as: TiesAs = "loss",
         gain: GainKind = "net",
         **step_settings: Unpack[StepSettings],
     ) -> None:
+        self._sources = {"policy": policy, "reference_model": reference_model}
         super().__init__(**step_settings)
-        self.policy_source = policy
-        self.reference_model_source = reference_model
+        self.policy_source = source_name(policy)
+        self.reference_model_source = (
+            None if reference_model is None else source_name(reference_model)
+        )
         self.logprob_temperature = logprob_temperature
         self.policy: Any = None
+        self._fingerprint = ""  # of the reference model, where models were handed over
         self.ties_as = ties_as
         self.gain = gain
         has_base = reference_model is not None
@@ -97,9 +110,17 @@ class AlignmentModule(StepModule):
     def faults(self) -> Faults:
         """Return what is wrong with the settings, without loading a model."""
         faults = Faults()
-        faults.add(source_fault("model.policy", self.policy_source))
+        policy, reference_model = self._sources.values()
+        faults.add(model_fault("model.policy", policy, is_policy=True, trained=True))
         if self.reference_model_source not in (None, "policy"):
-            faults.add(source_fault("model.reference_model", self.reference_model_source))
+            faults.add(
+                model_fault("model.reference_model", reference_model, is_policy=True, trained=False)
+            )
+        if reference_model is policy and not isinstance(policy, str):
+            faults.add(
+                "model.reference_model must be another model than model.policy, since it is "
+                'frozen; got the same: say reference_model="policy" for a frozen copy'
+            )
         faults.add(*super().faults())
         if not self.logprob_temperature > 0:
             faults.add(f"model.logprob_temperature must be > 0; got {self.logprob_temperature}")
@@ -109,27 +130,34 @@ class AlignmentModule(StepModule):
         """Load tokenizer, policy and reference model; does nothing the second time."""
         if self.policy is not None:
             return
-        options = {}
-        if self.attn_implementation:
-            options["attn_implementation"] = self.attn_implementation
-        self.tokenizer = load_tokenizer("model.policy", self.policy_source)
-        self.policy = load_model("model.policy", self.policy_source, **options)
-        # An attention that was asked for stays: sharing prompts would replace it.
-        share = self.share_prompts and self.attn_implementation is None
-        if share:
-            share_prompts(self.policy)
+        self.own_tokenizer()
+        self.policy = self._loaded("policy")
+        self.check_vocabulary()
         if self.reference_model_source == "policy":
             self.reference_model = deepcopy(self.policy)
         elif self.reference_model_source is not None:
-            self.reference_model = load_model(
-                "model.reference_model", self.reference_model_source, **options
-            )
-            if share:
-                share_prompts(self.reference_model)
+            self.reference_model = self._loaded("reference_model")
         if self.reference_model is not None:
             self.reference_model.requires_grad_(False).eval()
         if self.gradient_checkpointing:
             self.policy.gradient_checkpointing_enable({"use_reentrant": False})
+        if not all(isinstance(source, str | None) for source in self._sources.values()):
+            self._fingerprint = fingerprint(self.reference_model or self.policy)
+
+    def _loaded(self, name: str) -> Any:
+        """Return the model of a setting, with the attention asked for."""
+        source, asked = self._sources[name], self.attn_implementation
+        if isinstance(source, str):
+            options = {"attn_implementation": asked} if asked else {}
+            model = load_model(f"model.{name}", source, **options)
+        else:
+            model = source
+            if asked or shares_prompts(model):  # as an earlier module left it
+                model.set_attn_implementation(asked or "sdpa")
+        # An attention that was asked for stays: sharing prompts would replace it.
+        if self.share_prompts and asked is None:
+            share_prompts(model)
+        return model
 
     def train(self, mode: bool = True) -> "AlignmentModule":
         """Set the mode of the policy; the reference model always evaluates."""
@@ -252,11 +280,20 @@ class AlignmentModule(StepModule):
         for name in [name for name in state if name.startswith("reference_model.")]:
             del state[name]
         checkpoint["num_sampled_tokens"] = self.num_sampled_tokens
+        if self._fingerprint:
+            checkpoint["reference_model_fingerprint"] = self._fingerprint
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the counters; see `load_state_dict` for the weights."""
         super().on_load_checkpoint(checkpoint)
         self.num_sampled_tokens = checkpoint.get("num_sampled_tokens", 0)
+        before = checkpoint.get("reference_model_fingerprint", self._fingerprint)
+        if self.reference_model is not None and self._fingerprint not in ("", before):
+            rank_zero_warn(
+                "the reference model is not the one that the checkpoint was trained with, so drift "
+                "and NAG are measured from another: hand over the base as it was before training "
+                "(a model that was handed over is trained in place)"
+            )
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Load the policy; the reference model keeps the weights of its own source."""

@@ -10,7 +10,12 @@ from typing_extensions import Unpack
 from grao_lightning.batch import PromptBatch, TokenRow
 from grao_lightning.checks import check_pairs
 from grao_lightning.faults import Faults, UserError
-from grao_lightning.language_model.loading import load_classifier, load_tokenizer, source_fault
+from grao_lightning.language_model.loading import (
+    ModelSource,
+    load_classifier,
+    model_fault,
+    source_name,
+)
 from grao_lightning.language_model.logprobs import split_together
 from grao_lightning.language_model.scores import (
     fitted,
@@ -41,7 +46,8 @@ class RewardModule(StepModule):
     Args:
         backbone: Model whose states are scored: hub name, folder, ``.gguf`` file or
             ``embedded:keywords``. A reward model goes on being trained; the head of anything else
-            starts from small random numbers that depend on the seed alone.
+            starts from small random numbers that depend on the seed alone. In Python also a loaded
+            sequence classification model of one label, which is trained in place.
         margin: Log-odds by which the chosen answer must lead before a pair counts as told.
         margin_column: Column of the data that holds each pair's own margin; null = none.
         label_smoothing: Share of pairs thought to be labelled the wrong way round, in [0, 0.5).
@@ -56,7 +62,7 @@ class RewardModule(StepModule):
 
     def __init__(
         self,
-        backbone: str = "embedded:keywords",
+        backbone: ModelSource = "embedded:keywords",
         margin: float = 0.0,
         margin_column: str | None = None,
         label_smoothing: float = 0.0,
@@ -64,8 +70,9 @@ class RewardModule(StepModule):
         dropout: bool = False,
         **step_settings: Unpack[StepSettings],
     ) -> None:
+        self._sources = {"backbone": backbone}
         super().__init__(**step_settings)
-        self.backbone_source = backbone
+        self.backbone_source = source_name(backbone)
         self.settings = BradleyTerrySettings(margin, label_smoothing, centring)
         self.margin_column = margin_column
         self.dropout = dropout
@@ -88,7 +95,8 @@ class RewardModule(StepModule):
     def faults(self) -> Faults:
         """Return what is wrong with the settings, without loading a model."""
         faults = Faults()
-        faults.add(source_fault("model.backbone", self.backbone_source))
+        backbone = self._sources["backbone"]
+        faults.add(model_fault("model.backbone", backbone, is_policy=False, trained=True))
         faults.add(*super().faults())
         faults.at_least("model.margin", self.settings.margin, 0)
         faults.at_least("model.centring", self.settings.centring, 0)
@@ -125,15 +133,9 @@ class RewardModule(StepModule):
         """Load tokenizer and backbone; does nothing the second time."""
         if self.reward_model is not None:
             return
-        options: dict[str, Any] = {"num_labels": 1}
-        if self.attn_implementation:
-            options["attn_implementation"] = self.attn_implementation
-        self.tokenizer = load_tokenizer("model.backbone", self.backbone_source)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(run_seed())  # of the new head, on every rank and in every run
-            self.reward_model, _ = load_classifier(
-                "model.backbone", self.backbone_source, **options
-            )
+        self.own_tokenizer()
+        self.reward_model = self._loaded()
+        self.check_vocabulary()
         reading = reading_of(self.reward_model)
         # An attention that was asked for stays: sharing prompts would replace it.
         if reading == "last token" and self.share_prompts and self.attn_implementation is None:
@@ -144,6 +146,20 @@ class RewardModule(StepModule):
                     part.p = 0.0
         if self.gradient_checkpointing:
             self.reward_model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def _loaded(self) -> Any:
+        """Return the model, with the attention asked for."""
+        source, asked = self._sources["backbone"], self.attn_implementation
+        if not isinstance(source, str):
+            if asked or shares_prompts(source):  # as an earlier module left it
+                source.set_attn_implementation(asked or "sdpa")
+            return source
+        options: dict[str, Any] = {"num_labels": 1}
+        if asked:
+            options["attn_implementation"] = asked
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(run_seed())  # of the new head, on every rank and in every run
+            return load_classifier("model.backbone", source, **options)[0]
 
     def on_fit_start(self) -> None:
         """Put the model in training mode, and say what has no effect."""

@@ -14,7 +14,13 @@ from grao_lightning.checks import check_run
 from grao_lightning.data.templates import template_change
 from grao_lightning.faults import Faults, NamedSettings, UserError
 from grao_lightning.language_model.kept import packed_source
-from grao_lightning.language_model.loading import first_mismatch
+from grao_lightning.language_model.loading import ModelSource, eos_ids, first_mismatch, source_name
+from grao_lightning.language_model.tokenizing import (
+    TokenizerSource,
+    check_vocabulary,
+    tokenizer_fault,
+    tokenizer_of,
+)
 from grao_lightning.metrics.outcomes import Estimate
 from grao_lightning.modules.optimizer import MasterWeightsAdamW
 from grao_lightning.modules.settings import show_settings
@@ -35,6 +41,7 @@ class StepSettings(TypedDict, total=False):
     gradient_checkpointing: bool
     attn_implementation: str | None
     share_prompts: bool
+    tokenizer: TokenizerSource | None
 
 
 class StepModule(NamedSettings, LightningModule):
@@ -58,6 +65,8 @@ class StepModule(NamedSettings, LightningModule):
         attn_implementation: Of the Hugging Face models, such as flash_attention_2; prompts are
             then not shared.
         share_prompts: Read every prompt once for all that follows it, where the model allows it.
+        tokenizer: Hub name or folder, in Python also a loaded one; null = the model's own, of a
+            model that is handed over that of the name it was loaded from.
     """
 
     #: Whether it has a policy that samples, and whose completions are scored.
@@ -70,6 +79,9 @@ class StepModule(NamedSettings, LightningModule):
     needs_reference_answers = True
     #: Whether the step heeds the outward mask of `ReferenceAwareClipping`.
     heeds_outward_mask = False
+    #: The models' settings as they were given, the trained one first; set before ``__init__``. A
+    #: dict hides models from PyTorch, which would take each for a part of its own.
+    _sources: dict[str, Any]
     #: The setting that names the trained model's source.
     source_setting = "model.policy"
 
@@ -85,9 +97,18 @@ class StepModule(NamedSettings, LightningModule):
         gradient_checkpointing: bool = False,
         attn_implementation: str | None = None,
         share_prompts: bool = True,
+        tokenizer: TokenizerSource | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self._tokenizer_source = tokenizer
+        objects = {
+            name: source_name(source)
+            for name, source in {**self._sources, "tokenizer": tokenizer}.items()
+            if not isinstance(source, str | None)
+        }
+        # Checkpoints hold primitives, and no second copy of a model.
+        self.save_hyperparameters(ignore=list(objects))
+        self.save_hyperparameters(objects)
         self.automatic_optimization = False
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
@@ -101,7 +122,7 @@ class StepModule(NamedSettings, LightningModule):
         self.share_prompts = share_prompts
         self.reference_model_source: str | None = None
         self.reference_model: Any = None
-        self.tokenizer: Any = None
+        self.tokenizer: Any = None  # once `own_tokenizer` has loaded it
         self.validation_metrics: Any = None
         self.num_sampled_tokens = 0
         self.estimates: dict[str, Estimate] = {}
@@ -112,6 +133,41 @@ class StepModule(NamedSettings, LightningModule):
         """Show all settings of a subclass."""
         super().__init_subclass__(**options)
         show_settings(cls)
+
+    @property
+    def trained_source(self) -> ModelSource:
+        """Return where the trained model comes from, or the model that was handed over."""
+        return next(iter(self._sources.values()))
+
+    def own_tokenizer(self) -> Any:
+        """Return the tokenizer, loaded on first use: the data needs it before there is a model.
+
+        Raises:
+            UserError: It cannot be loaded.
+        """
+        if self.tokenizer is None:
+            self.tokenizer = tokenizer_of(
+                self.source_setting, self.trained_source, self._tokenizer_source
+            )
+        return self.tokenizer
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Return where the tokenizer comes from."""
+        return source_name(self._tokenizer_source or self.trained_source)
+
+    def eos_ids(self) -> tuple[int, ...]:
+        """Return every token id that ends a sequence."""
+        return eos_ids(self.trained_source, self.own_tokenizer())
+
+    def check_vocabulary(self) -> None:
+        """Check that a model and a tokenizer that were brought together fit.
+
+        Raises:
+            UserError: The tokenizer has more tokens than the model.
+        """
+        if self._tokenizer_source is not None or not isinstance(self.trained_source, str):
+            check_vocabulary(self.trained_model, self.tokenizer)
 
     @property
     def trained_model(self) -> Any:
@@ -138,10 +194,15 @@ class StepModule(NamedSettings, LightningModule):
         faults.at_least("model.warmup_steps", self.warmup_steps, 0)
         faults.at_least("model.micro_batch_tokens", self.micro_batch_tokens, 1)
         faults.one_of("model.schedule", self.schedule, ("constant", "linear", "cosine"))
+        faults.add(tokenizer_fault(self.trained_source, self._tokenizer_source))
         return faults
 
     def setup(self, stage: str) -> None:
         """Check the run as a whole; Lightning calls this before ``configure_model``."""
+        self.check_run()
+
+    def check_run(self) -> None:
+        """Tell all faults together; our data asks for it before it reads anything."""
         check_run(self.trainer, self, getattr(self.trainer, "datamodule", None))
 
     def configure_optimizers(self) -> Any:
@@ -270,7 +331,7 @@ class StepModule(NamedSettings, LightningModule):
                 )
         if self._packed is not None:
             checkpoint["source_files"] = self._packed
-        data: Any = getattr(self.trainer, "datamodule", None)
+        data = self._data()
         if hasattr(data, "template_in_use"):
             checkpoint["chat_template"] = data.template_in_use
 
@@ -280,7 +341,7 @@ class StepModule(NamedSettings, LightningModule):
         Raises:
             UserError: A run that goes on would read them otherwise.
         """
-        data: Any = getattr(self.trainer, "datamodule", None)
+        data = self._data()
         if "chat_template" not in checkpoint or not hasattr(data, "template_in_use"):
             return
         fault = template_change(checkpoint["chat_template"], data.template_in_use)
@@ -288,6 +349,10 @@ class StepModule(NamedSettings, LightningModule):
             raise UserError(fault)
         if fault:
             rank_zero_warn(f"{fault}. The figures are those of prompts it has not learned to read")
+
+    def _data(self) -> Any:
+        """Return the DataModule; None where there is none, nor a trainer."""
+        return getattr(self._trainer, "datamodule", None)
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Load the weights; say which setting is at odds with the checkpoint where they differ."""

@@ -39,6 +39,7 @@ def module() -> SimpleNamespace:
         reference_model="the base",
         policy_source="embedded:keywords-random",
         tokenizer=keyword_tokenizer(),
+        eos_ids=lambda: (3,),
         samples=True,
         trains_on_groups=True,
     )
