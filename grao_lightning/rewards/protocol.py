@@ -247,13 +247,15 @@ def weighted_sum(scores: Tensor, weights: Sequence[float]) -> Tensor:
 def answer_fault(function: RewardFunction) -> str | None:
     """Return that a scorer cannot do without reference answers."""
     parameter = inspect.signature(function).parameters.get("reference_answers")
-    asks = parameter is not None and parameter.default is parameter.empty
-    if not asks and not is_pairwise(function):
+    if is_pairwise(function):
+        told, fix = "compares with reference answers", "use another"
+    elif parameter is not None and parameter.default is parameter.empty:
+        told, fix = "asks for reference_answers", "use another, give the parameter a default"
+    else:
         return None
     return (
-        f"reward function {_name(function)} {'asks for' if asks else 'compares with'} reference "
-        "answers, and the dataset has none: use another, give reference_answers a default, or add "
-        "a column completion to the data"
+        f"reward function {_name(function)} {told}, and the dataset has none: {fix}, or add a "
+        "column completion to the data"
     )
 
 

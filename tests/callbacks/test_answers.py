@@ -55,6 +55,16 @@ def test_the_texts_are_those_that_were_scored(run):
             assert keyword_score([text], [cut], [keywords]) == pytest.approx([score])
 
 
+def test_what_the_ids_say_stands_beside_the_texts(run):
+    _, rows = run
+    for row in rows:
+        prompt = row["prompt"].removeprefix("\n\nHuman: ").removesuffix("\n\nAssistant:")
+        assert row["prompt_as_read"] == f"<bos> {prompt} <sep>"
+        assert row["reference_answer_as_read"] == f" {row['reference_answer']} <eos>"
+        assert row["completion_as_read"].endswith(" <eos>") != row["truncated"]
+        assert row["completion"] in row["completion_as_read"]
+
+
 def test_a_missing_score_is_null(tmp_path):
     kept = []
 

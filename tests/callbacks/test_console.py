@@ -85,6 +85,31 @@ def test_the_text_panel_shows_every_text_as_one_cell():
     assert html.escape(texts[2]) in rows[4]
 
 
+def test_the_text_panel_can_show_what_the_ids_say():
+    from grao_lightning.data.encoding import batch_as_read
+    from grao_lightning.embedded.base import keyword_tokenizer
+
+    tokenizer = keyword_tokenizer()
+    ids = tokenizer(
+        ["<bos> apple <sep>", "river <eos>", "yarn"], add_special_tokens=False
+    ).input_ids
+    batch = PromptBatch(
+        indices=[0],
+        prompt_ids=[ids[0]],
+        prompts=["apple"],
+        reference_answer_ids=[ids[1]],
+        reference_answers=["river"],
+        columns=[{}],
+        completions=Completions(ids[1:], ["river", "yarn"], [False, True], 2),
+        rewards=torch.tensor([[1.0, 2.0, 3.0]]),
+    )
+    table = completion_table(batch_as_read(batch, tokenizer), num_prompts=1)
+    texts = ["reference answer | 3.000 |  | river <eos>", "completion 1 | 1.000 |  | river <eos>"]
+    for text in ("**prompt** <bos> apple <sep>", *texts, "completion 2 | 2.000 |  | yarn |"):
+        assert html.escape(text) in table
+    assert "<" not in table.replace("<br>", "") and "<eos>" not in completion_table(batch, 1)
+
+
 def pretend_a_terminal(monkeypatch) -> None:
     for stream in (sys.stdout, sys.stderr):
         monkeypatch.setattr(stream, "isatty", lambda: True)

@@ -232,6 +232,24 @@ def test_an_exported_policy_is_the_checkpoints_and_validates_alike(grao, quickst
     assert found[0] == found[1] != found[2]
 
 
+def test_a_callback_of_the_config_takes_the_place_of_the_standard_one(grao, quickstart):
+    panels = {
+        "class_path": "grao_lightning.callbacks.panels.TensorBoardPanels",
+        "init_args": {"special_tokens": True},
+    }
+    Path("config.yaml").write_text(
+        yaml.safe_dump(changed(quickstart, {**SMALL, "trainer.callbacks": [panels]}))
+    )
+    status, _, errors = grao("fit", "--config", "config.yaml")
+    assert status == 0, errors
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator("runs/version_0").Reload()
+    (panel,) = events.Tensors("val/completions/text_summary")
+    assert b"&lt;bos&gt; " in panel.tensor_proto.string_val[0]
+    assert b"Human:" not in panel.tensor_proto.string_val[0]
+
+
 REWARD = {
     "model": {
         "class_path": "grao_lightning.RewardModule",
