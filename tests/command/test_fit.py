@@ -116,7 +116,7 @@ def test_help_and_version_answer_without_importing_torch(grao):
     for arguments in ((), ("-h",), ("--help",)):
         status, text, _ = grao(*arguments)
         assert status == 0
-        for command in ("fit", "validate", "compare", "judge-check", "export"):
+        for command in ("init", "fit", "validate", "compare", "judge-check", "export"):
             assert re.search(rf"^  {command}\s", text, re.MULTILINE)
     seconds = []
     for _ in range(3):  # the machine may be busy: the best of three
@@ -127,26 +127,6 @@ def test_help_and_version_answer_without_importing_torch(grao):
     assert min(seconds) < 1.0
     loaded = python("import sys, grao_lightning.__main__; print(*sys.modules)").split()
     assert not {"torch", "lightning", "transformers", "yaml"} & set(loaded)
-
-
-def test_the_help_of_fit_imports_nothing_heavy_besides_lightning():
-    code = """
-import sys
-import lightning.pytorch.cli
-before = set(sys.modules)
-from grao_lightning.__main__ import main
-try:
-    main()
-except SystemExit:
-    print(*set(sys.modules) - before)
-"""
-    *text, loaded = python(code, "fit", "--help").splitlines()
-    assert "--sampling.group_size" in "\n".join(text)
-    assert "--optimizer" not in "\n".join(text), "the module makes its own optimiser"
-    names = set(loaded.split())
-    assert "grao_lightning.command.fit" in names
-    heavy = {"datasets", "pandas", "pyarrow", "sklearn", "scipy", "transformers.modeling_utils"}
-    assert not heavy & names
 
 
 def python(code: str, *arguments: str) -> str:
@@ -160,7 +140,7 @@ def python(code: str, *arguments: str) -> str:
 
 def test_an_unknown_command_names_the_ones_there_are(grao):
     status, _, errors = grao("train")
-    known = "fit, validate, compare, judge-check, export"
+    known = "init, fit, validate, compare, judge-check, export"
     assert one_error(status, errors) == f"no command 'train'; there are {known}"
 
 
@@ -238,7 +218,6 @@ REWARD = {
         "init_args": {"backbone": "embedded:keywords", "learning_rate": 3e-3},
     },
     "data": {"prompts_per_step": 4, "validation_prompts": 9},
-    "best_checkpoint": {"monitor": "val/accuracy"},
     "last_checkpoint": {"dirpath": "saved"},
     "trainer": {"accelerator": "cpu", "max_steps": 4, "val_check_interval": 2},
 }
@@ -314,7 +293,7 @@ def test_the_configs_of_reward_models_are_whole(grao, repository, name):
     assert status == 0
     settings = yaml.safe_load(text)
     assert settings["model"]["class_path"] == "grao_lightning.RewardModule"
-    assert settings["best_checkpoint"]["monitor"] == "val/accuracy"
+    assert settings["best_checkpoint"]["monitor"] is None  # what the run logs decides
 
 
 def test_a_decoder_is_exported_with_a_padding_token_that_ends_no_answer(tmp_path):
