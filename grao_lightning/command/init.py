@@ -140,7 +140,7 @@ def config_text(policy: str) -> str:
     """Return the config for a policy; an embedded toy learns faster than a grown model."""
     if policy.startswith("embedded:"):
         return _CONFIG.format(
-            needs="nothing but this package; about half a minute on 2 CPU cores.",
+            needs="nothing but this package; a quarter of a minute on a CPU core.",
             policy=policy,
             learning_rate="3.0e-4",
             max_new_tokens=24,
@@ -149,7 +149,7 @@ def config_text(policy: str) -> str:
             interval=20,
         )
     return _CONFIG.format(
-        needs=f"{policy} (a hub name is downloaded once); SmolLM2-135M: minutes on 2 CPU cores.",
+        needs=f"{policy} (from the hub once); SmolLM2-135M takes 8 minutes on a CPU core.",
         policy=json.dumps(policy) if policy != _HUB else policy,
         learning_rate="1.0e-5",
         max_new_tokens=48,

@@ -212,6 +212,25 @@ def test_an_exported_policy_is_the_checkpoints_and_validates_alike(grao, quickst
     assert found[0] == found[1] != found[2]
 
 
+def test_every_run_that_validated_has_a_best_checkpoint_also_one_with_no_step_left(
+    grao, quickstart
+):
+    Path("config.yaml").write_text(yaml.safe_dump(changed(quickstart, SMALL)))  # interval 50
+    arguments = ("fit", "--config", "config.yaml", "--last_checkpoint.dirpath", "saved")
+    status, text, errors = grao(*arguments)
+    assert status == 0, errors
+    assert text.count("RAS %") == 1
+    best = Path("runs/version_0/checkpoints/best.ckpt")
+    weights = torch.load(best, weights_only=True)["state_dict"]
+    status, text, errors = grao(*arguments, "--ckpt_path", "saved/last.ckpt")
+    assert status == 0, errors
+    assert text.count("RAS %") == 1
+    best = Path("runs/version_1/checkpoints/best.ckpt")
+    again = torch.load(best, weights_only=True)
+    assert again["global_step"] == 2
+    assert all(torch.equal(value, weights[name]) for name, value in again["state_dict"].items())
+
+
 REWARD = {
     "model": {
         "class_path": "grao_lightning.RewardModule",
@@ -392,7 +411,7 @@ def test_the_section_of_a_typo_is_searched_first():
         ({"model": 3}, "model must hold class_path and init_args only; got 3"),
         (
             {"model.class_path": "grao_lightning.GRAOModul"},
-            "model.class_path: cannot import 'grao_lightning.GRAOModul': module",
+            "model: no module 'grao_lightning.GRAOModul'; did you mean GRAOModule? There are",
         ),
         (
             {"model.class_path": "torch.nn.Linear"},
