@@ -1,4 +1,4 @@
-"""The best checkpoint, the one a run goes on from, and the moments at which a run may be stopped."""
+"""The best checkpoint, the one to go on from, and the moments at which a run may be stopped."""
 
 import logging
 import signal

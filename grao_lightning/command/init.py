@@ -25,15 +25,14 @@ model:
     learning_rate: {learning_rate} # the larger the model, the smaller
     warmup_steps: 2
 data:
-  # One JSON object a line, in one of these forms; other columns are given to your reward by name.
-  #   {{"prompt": [{{"role": "user", "content": "..."}}],
-  #    "completion": [{{"role": "assistant", "content": "..."}}]}}      the reference answer
-  #   {{"messages": [...]}}                    the last answer is the reference answer
-  #   {{"prompt": [...], "chosen": [...], "rejected": [...]}}
-  # Plain strings instead of lists of messages are fed to the model as they are, without its chat
-  # template. Other column names: rename: {{question: prompt, answer: completion}}
+  # One JSON object a line; columns besides these are given to your reward by their name:
+  #   {{"prompt": "...", "completion": "..."}}                    completion: the reference answer
+  #   {{"prompt": "...", "chosen": "...", "rejected": "..."}}     for DPOModule and RewardModule
+  #   {{"messages": [{{"role": "user", "content": "..."}}, ...]}}   reference answer: the last one
+  # Columns of other names: rename: {{question: prompt, answer: completion}}
   train: my_data.jsonl
   validation: my_held_out.jsonl # rows that are not trained on: RAS and NAG are measured on them
+  as_chat: true # a prompt that is plain text becomes a user's turn in the model's chat template
   max_prompt_tokens: 256 # longer prompts lose their oldest turns
   prompts_per_step: 4
 sampling:

@@ -73,8 +73,8 @@ def make_trainer(
     """Return a Trainer as ``grao fit`` makes it, for ``trainer.fit(module, datamodule=data)``.
 
     It validates every 50 steps and after the last one, keeps ``best.ckpt`` (see
-    `BestCheckpoint`) and ``last.ckpt``, logs to TensorBoard under ``runs/`` and leaves ``summary.json`` and
-    ``answers.jsonl`` beside: see ``trainer.log_dir``.
+    `BestCheckpoint`) and ``last.ckpt``, logs to TensorBoard under ``runs/`` and leaves
+    ``summary.json`` and ``answers.jsonl`` beside: see ``trainer.log_dir``.
 
     Args:
         callbacks: The stages whose settings are not the defaults (`GroupSampling`, `GroupScoring`,

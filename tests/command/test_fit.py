@@ -487,7 +487,7 @@ def test_all_config_faults_are_told_together_before_any_model_loads(complaint, n
         "sampling.group_size must be >= 2: advantages compare completions within a group; got 1",
         "sampling.temperature must be >= 0; got -1",
         "scoring.tie_tolerance must be >= 0; got -1",
-        "scoring.rewards: cannot import 'nope.reward' (No module named 'nope')",
+        "scoring.rewards: cannot import 'nope.reward': looked for nope.py in ",
         "clipping.max_norm must be > 0; got 0",
         "trainer.max_steps must be set, since the prompts are endless; got -1",
         "trainer.gradient_clip_val must not be set",

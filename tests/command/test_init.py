@@ -32,7 +32,7 @@ def typed(tmp_path, repository, monkeypatch):
     environment = {
         **os.environ,
         "PATH": f"{script.parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": os.pathsep.join([str(repository), "."]),
+        "PYTHONPATH": str(repository),
     }
     monkeypatch.chdir(tmp_path)
 
@@ -63,8 +63,7 @@ def test_the_first_hour_of_the_readme_leads_to_a_model_that_answers(typed, repos
     assert "RAS %" in text
     folder = Path("runs/version_0")
     assert (folder / "checkpoints/best.ckpt").is_file()
-    settings = yaml.safe_load((folder / "config.yaml").read_text())
-    assert settings["scoring"]["rewards"][0]["function"] == "my_rewards.kindness"
+    assert "function: my_rewards.kindness" in (folder / "config.yaml").read_text()
     answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
     held_out = [json.loads(line) for line in Path("my_held_out.jsonl").read_text().splitlines()]
     assert len(answers) == len(held_out) == 12
