@@ -12,6 +12,8 @@ usage: grao <command> [options]
 Align a language model with GRAO (arXiv 2508.07750) on PyTorch Lightning.
 
 commands:
+  init      write a config, data and a reward to start from:
+                                grao init my_project
   fit       train:              grao fit --config configs/quickstart.yaml
   validate  measure RAS, NAG:   grao validate --config ... [--ckpt_path ...]
   compare   several methods side by side, and a report:
@@ -42,7 +44,7 @@ def main() -> int:
     if arguments[0] == "--version":
         print(f"grao-lightning {__version__}")
         return 0
-    commands = ("fit", "validate", "compare", "judge-check", "export")
+    commands = ("init", "fit", "validate", "compare", "judge-check", "export")
     if arguments[0] not in commands:
         print(
             f"grao: no command {arguments[0]!r}; there are {', '.join(commands)}", file=sys.stderr
@@ -72,7 +74,11 @@ def _run(arguments: list[str]) -> int:
 
 
 def _carry_out(arguments: list[str]) -> int:
-    if arguments[0] == "export":
+    if arguments[0] == "init":
+        from grao_lightning.command.init import init_command
+
+        init_command(arguments[1:])
+    elif arguments[0] == "export":
         from grao_lightning.command.export import export_command
 
         export_command(arguments[1:])
@@ -84,6 +90,10 @@ def _carry_out(arguments: list[str]) -> int:
         from grao_lightning.judge_check.command import judge_check_command
 
         return judge_check_command(arguments[1:])
+    elif {"-h", "--help"} & set(arguments):
+        from grao_lightning.command.help import show_help
+
+        show_help(arguments[0], arguments[1:])
     else:
         gc.disable()  # looking for garbage among what is imported would take a fifth of it
         from grao_lightning.command.fit import run

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 
+from grao_lightning.callbacks.checkpoint import DECIDING_FIGURES
 from grao_lightning.callbacks.clipping import ReferenceAwareClipping
 from grao_lightning.callbacks.sampling import GroupSampling
 from grao_lightning.callbacks.scoring import GroupScoring
@@ -15,7 +16,6 @@ from grao_lightning.faults import Faults, UserError
 _STAGES = (GroupSampling, GroupScoring, ReferenceAwareClipping)
 _MADE = "or make the Trainer with grao_lightning.make_trainer"
 _WHOLE = ("32-true", "64-true")
-_MONITORS = ("val/ras", "val/accuracy")  # of modules that sample, and of reward models
 
 
 def check_run(trainer: Trainer, module: Any, data: Any) -> None:
@@ -191,11 +191,15 @@ def _monitor_faults(trainer: Trainer, module: Any) -> Faults:
     for callback in trainer.checkpoint_callbacks:
         monitor = getattr(callback, "monitor", None)
         close = difflib.get_close_matches(monitor or "", known, n=1)
-        if monitor in _MONITORS and monitor not in known:
+        if monitor in DECIDING_FIGURES and monitor not in known:
             faults.add(
                 f"best_checkpoint.monitor must be a figure of {type(module).__name__}; got "
-                f"{monitor}: set it to {_MONITORS[not module.samples]}"
+                f"{monitor}: remove it, and {_deciding(known)} decides"
             )
         elif close and monitor not in known:  # a figure unlike ours may be logged by the user
             faults.add(f"checkpoint monitor {monitor!r} is not logged; did you mean {close[0]}?")
     return faults
+
+
+def _deciding(known: Sequence[str]) -> str:
+    return next((name for name in DECIDING_FIGURES if name in known), "the newest")

@@ -1,19 +1,104 @@
-"""The checkpoint a run goes on from, and the moments at which a run may be stopped."""
+"""The best checkpoint, the one to go on from, and the moments at which a run may be stopped."""
 
+import logging
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from grao_lightning.callbacks import stopping
 from grao_lightning.callbacks.stopping import Stopped
 
+log = logging.getLogger(__name__)
+
 _VALIDATION = "epoch_loop.val_loop.batch_progress"
 # As if its first batch had just been begun: Lightning goes back and runs the whole of it.
 _BEGUN = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+#: The figures that decide which checkpoint is the best: the first one that a run logs. Held out
+#: all, never the training reward, which a policy learns to please.
+DECIDING_FIGURES = ("val/ras", "val/accuracy", "val/nag", "val/reward", "val/loss")
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps the weights with the best figure of all validations.
+
+    Every run that validates leaves one: where a figure is NaN or a tie, the first weights stay.
+    `ValidateLastStep` has the last step validated.
+
+    Args:
+        monitor: The figure; null = the first of val/ras, val/accuracy, val/nag, val/reward and
+            val/loss that the run logs.
+        mode: Whether "max" or "min" is better; null = min for a loss or an error, else max.
+        filename: Without its ending.
+        enable_version_counter: Whether a file of that name stays, and this one gets a number.
+        save_on_train_epoch_end: False, since epochs do not end here; null = Lightning's own choice,
+            which with ``val_check_interval=1`` is to wait for it.
+        settings: The settings of Lightning's ``ModelCheckpoint``.
+    """
+
+    def __init__(
+        self,
+        monitor: str | None = None,
+        mode: Literal["max", "min"] | None = None,
+        filename: str | None = "best",
+        enable_version_counter: bool = False,
+        save_on_train_epoch_end: bool | None = False,
+        **settings: Any,
+    ) -> None:
+        super().__init__(
+            monitor=monitor,
+            mode=mode or _better(monitor),
+            filename=filename,
+            enable_version_counter=enable_version_counter,
+            save_on_train_epoch_end=save_on_train_epoch_end,
+            **settings,
+        )
+        self._given = {"monitor": monitor, "mode": mode}
+
+    @property
+    def state_key(self) -> str:
+        """Return the name of the state in checkpoints, by what was set and not by what was found.
+
+        What a run logs is not known yet when its checkpoint is loaded.
+        """
+        return self._generate_state_key(**self._given)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what was best; a file that is gone is not."""
+        kept = state_dict["best_k_models"]
+        if all(Path(path).exists() for path in kept):
+            super().load_state_dict(state_dict)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Save if this validation's figure is the best."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._find_figure(trainer)
+        super().on_validation_end(trainer, pl_module)
+
+    def consider(self, trainer: Trainer) -> None:
+        """Save if the figure of a validation outside of ``fit`` is the best."""
+        self._find_figure(trainer)
+        self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def _find_figure(self, trainer: Trainer) -> None:
+        if self.monitor is not None:
+            return
+        logged = trainer.callback_metrics
+        self.monitor = next((name for name in DECIDING_FIGURES if name in logged), None)
+        if self.monitor is None:
+            rank_zero_warn(
+                f"{self.filename}.ckpt holds the newest weights, since none of "
+                f"{', '.join(DECIDING_FIGURES)} is logged; set best_checkpoint.monitor"
+            )
+            return
+        if self._given["mode"] is None:
+            self.mode = _better(self.monitor)
+        if self.monitor != DECIDING_FIGURES[0]:
+            log.info("%s.ckpt: the best is that of %s", self.filename, self.monitor)
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -164,6 +249,11 @@ def _asked_of_any(trainer: Trainer) -> int:
         return stopping.asked()
     told = torch.tensor(float(stopping.asked()), device=trainer.strategy.root_device)
     return int(trainer.strategy.reduce(told, reduce_op="max"))
+
+
+def _better(figure: str | None) -> Literal["max", "min"]:
+    name = (figure or "").removesuffix("_low").removesuffix("_high")
+    return "min" if name.endswith(("loss", "error")) else "max"
 
 
 def _validation_follows(trainer: Trainer) -> bool:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grao_lightning.command.help import OneLine
 from grao_lightning.display.logs import wrapped
 from grao_lightning.faults import Faults, UserError
 
@@ -37,6 +38,7 @@ def export_command(arguments: list[str]) -> None:
     """Run ``grao export`` with its arguments."""
     parser = argparse.ArgumentParser(
         prog="grao export",
+        formatter_class=OneLine,
         description="Write the trained policy and its tokenizer as a Hugging Face folder that "
         "AutoModelForCausalLM and AutoTokenizer load; a reward model as one that "
         "AutoModelForSequenceClassification loads.",

@@ -8,10 +8,16 @@ import yaml
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from grao_lightning.callbacks.checkpoint import LastCheckpoint, StopBetweenSteps, kill_launched
+import grao_lightning
+from grao_lightning.callbacks.checkpoint import (
+    BestCheckpoint,
+    LastCheckpoint,
+    StopBetweenSteps,
+    kill_launched,
+)
 from grao_lightning.callbacks.clipping import ReferenceAwareClipping
 from grao_lightning.callbacks.console import StepProgressBar
 from grao_lightning.callbacks.sampling import GroupSampling
@@ -19,10 +25,11 @@ from grao_lightning.callbacks.scoring import GroupScoring
 from grao_lightning.callbacks.stopping import Stopped
 from grao_lightning.callbacks.summary import RunSummary
 from grao_lightning.checks import run_faults
+from grao_lightning.command.help import chosen_module, help_text, trainer_text
 from grao_lightning.command.parse_errors import explain
 from grao_lightning.command.resume import resume_advice
+from grao_lightning.command.signatures import module_names
 from grao_lightning.command.trainer import (
-    BEST_CHECKPOINT_DEFAULTS,
     LAST_CHECKPOINT_DEFAULTS,
     LOGGER_DEFAULTS,
     TRAINER_DEFAULTS,
@@ -34,6 +41,10 @@ from grao_lightning.display.logs import configure_logging
 from grao_lightning.faults import Faults, UserError
 from grao_lightning.language_model.loading import checkpoint_fault
 from grao_lightning.modules.step import StepModule
+
+# Imported all, so that each is known by its short name, as in `--model GRPOModule`.
+for _name in module_names():
+    getattr(grao_lightning, _name)
 
 
 class GRAOCommandLine(LightningCLI):
@@ -70,6 +81,11 @@ class GRAOCommandLine(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and tell what is wrong in one sentence instead of a screenful of usage."""
+        if "--help-all" in sys.argv:
+            module = chosen_module(sys.argv[2:])
+            print(help_text(self._command, module, whole=True), end="")
+            print(trainer_text(self._parser(self._command)), end="")
+            sys.exit()
         try:
             super().parse_arguments(parser, args)
         except ArgumentError as error:
@@ -89,12 +105,11 @@ class GRAOCommandLine(LightningCLI):
         parser.add_lightning_class_args(GroupSampling, "sampling")
         parser.add_lightning_class_args(GroupScoring, "scoring")
         parser.add_lightning_class_args(ReferenceAwareClipping, "clipping")
-        parser.add_lightning_class_args(ModelCheckpoint, "best_checkpoint")
+        parser.add_lightning_class_args(BestCheckpoint, "best_checkpoint")
         parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
         parser.set_defaults(
             {
                 "model": {"class_path": "grao_lightning.GRAOModule"},
-                **{f"best_checkpoint.{k}": v for k, v in BEST_CHECKPOINT_DEFAULTS.items()},
                 **{f"last_checkpoint.{k}": v for k, v in LAST_CHECKPOINT_DEFAULTS.items()},
             }
         )
@@ -189,6 +204,10 @@ class GRAOCommandLine(LightningCLI):
         """Validate where no step was left to take, whose end `ValidateLastStep` would have seen."""
         if not self._summary.is_current(self.trainer):
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+            callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+            for part in callbacks:
+                if isinstance(part, BestCheckpoint):
+                    part.consider(self.trainer)
 
 
 def _tokenizer_source(model: dict[str, Any]) -> Any:

@@ -4,16 +4,18 @@ import difflib
 import importlib
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from grao_lightning.command.signatures import module_names
 from grao_lightning.faults import UserError
 from grao_lightning.rewards.importing import config_files, load_object
 
+_OURS = "grao_lightning."
 _TYPES = {
     "int": "a whole number",
     "float": "a number",
@@ -74,6 +76,8 @@ def explain(
         return f"{setting}.class_path must be a subclass of {found[2]}; got {found[1]}"
     if owner is None and (found := _NO_IMPORT.search(message)):
         path = found[1] or found[3]
+        if setting == "model" and "." not in path.removeprefix(_OURS):
+            return unknown_module(path)
         try:
             load_object(path)
         except UserError as error:
@@ -91,6 +95,45 @@ def explain(
     if setting and expected:
         return f"{setting} must be {' or '.join(dict.fromkeys(expected))}{got}"
     return " ".join(message.split())
+
+
+def unknown_module(name: str) -> str:
+    """Return that there is no such module, with the likeliest one that was meant.
+
+    >>> unknown_module("GRPOModul").partition("?")[0]
+    "model: no module 'GRPOModul'; did you mean GRPOModule"
+    """
+    names = module_names()
+    folded = {known.lower(): known for known in names}
+    short = name.removeprefix(_OURS).lower()
+    close = difflib.get_close_matches(short, folded, n=1) or difflib.get_close_matches(
+        f"{short}module", folded, n=1
+    )
+    hint = f"did you mean {folded[close[0]]}? There" if close else "there"
+    known = ", ".join(names)
+    return f"model: no module {name!r}; {hint} are {known}, and package.module.Class of your own"
+
+
+def settings_before_parsing(arguments: Sequence[str]) -> dict[str, Any]:
+    """Return the sections of config files, and what the command line says of the module.
+
+    Raises:
+        UserError: A file cannot be read.
+    """
+    fault = _config_file_fault(arguments)
+    if fault:
+        raise UserError(fault)
+    found: dict[str, Any] = {}
+    for path in config_files(arguments):
+        found |= yaml.safe_load(Path(path).expanduser().read_text())
+    given = zip(arguments, [*arguments[1:], ""], strict=False)
+    for name, value in (
+        *given,
+        *((name, value) for name, equals, value in (a.partition("=") for a in arguments) if equals),
+    ):
+        if name in ("--model", "--model.class_path"):
+            found["model"] = value
+    return found
 
 
 def unknown_setting(name: str, known: Iterable[str]) -> str:
@@ -154,7 +197,7 @@ def _parameters(owner: type) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _config_file_fault(arguments: list[str]) -> str | None:
+def _config_file_fault(arguments: Sequence[str]) -> str | None:
     """Return what is wrong with the first config file that cannot be read."""
     for path in config_files(arguments):
         try:

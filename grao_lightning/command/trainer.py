@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from grao_lightning.callbacks.answers import ValidationAnswers
-from grao_lightning.callbacks.checkpoint import LastCheckpoint
+from grao_lightning.callbacks.checkpoint import BestCheckpoint, LastCheckpoint
 from grao_lightning.callbacks.clipping import ReferenceAwareClipping
 from grao_lightning.callbacks.console import StepProgressBar
 from grao_lightning.callbacks.last_step import ValidateLastStep
@@ -30,13 +30,6 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "enable_model_summary": False,
 }
 LOGGER_DEFAULTS: dict[str, Any] = {"save_dir": "runs", "name": None}
-BEST_CHECKPOINT_DEFAULTS: dict[str, Any] = {
-    # Held out, never the training reward, which a policy learns to please.
-    "monitor": "val/ras",
-    "mode": "max",
-    "filename": "best",
-    "enable_version_counter": False,
-}
 LAST_CHECKPOINT_DEFAULTS: dict[str, Any] = {
     # Written as the run goes, when it is interrupted, and at its end.
     "every_n_train_steps": 50,
@@ -79,9 +72,9 @@ def make_trainer(
 ) -> Trainer:
     """Return a Trainer as ``grao fit`` makes it, for ``trainer.fit(module, datamodule=data)``.
 
-    It validates every 50 steps and after the last one, keeps ``best.ckpt`` (by val/ras) and
-    ``last.ckpt``, logs to TensorBoard under ``runs/`` and leaves ``summary.json`` and
-    ``answers.jsonl`` beside: see ``trainer.log_dir``.
+    It validates every 50 steps and after the last one, keeps ``best.ckpt`` (see
+    `BestCheckpoint`) and ``last.ckpt``, logs to TensorBoard under ``runs/`` and leaves
+    ``summary.json`` and ``answers.jsonl`` beside: see ``trainer.log_dir``.
 
     Args:
         callbacks: The stages whose settings are not the defaults (`GroupSampling`, `GroupScoring`,
@@ -110,7 +103,7 @@ def make_trainer(
         standard = [part for part in standard if not isinstance(part, StepProgressBar)]
     if settings.get("enable_checkpointing") is not False:
         standard += [
-            ModelCheckpoint(**BEST_CHECKPOINT_DEFAULTS),
+            BestCheckpoint(),
             LastCheckpoint(**LAST_CHECKPOINT_DEFAULTS),
         ]
     return Trainer(callbacks=_joined(callbacks, standard), max_steps=max_steps, **settings)
@@ -130,4 +123,5 @@ def _takes_the_place_of(given: Callback, standard: Callback) -> bool:
     # `LastCheckpoint` is a `ModelCheckpoint` too, but not another best one.
     if isinstance(given, LastCheckpoint) != isinstance(standard, LastCheckpoint):
         return False
-    return isinstance(given, type(standard))
+    kind = ModelCheckpoint if isinstance(standard, BestCheckpoint) else type(standard)
+    return isinstance(given, kind)

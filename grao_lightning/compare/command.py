@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from grao_lightning.callbacks.stopping import Stopped
+from grao_lightning.command.help import OneLine
 from grao_lightning.command.resume import restart_advice
 from grao_lightning.compare.plan import Plan, Run, Settings, read_plan
 from grao_lightning.display.progress import ProgressLine
@@ -26,6 +27,7 @@ def compare_command(arguments: Sequence[str]) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="grao compare",
+        formatter_class=OneLine,
         description="Run several methods on the same prompts, side by side, and write a report: "
         "tables with intervals, curves, studies. Started again, it goes on where it was cut off.",
     )

@@ -1,7 +1,8 @@
-"""The base model of the keyword task: made here in seconds by supervised fine-tuning, then kept.
+"""The embedded base models: made here in seconds by supervised fine-tuning, then kept.
 
-A Llama of 85k parameters and a tokenizer of one token a word, both plain Hugging Face objects, so
-that everything downstream treats them like any other model.
+Llamas of about 100k parameters and their tokenizers, all plain Hugging Face objects, so that
+everything downstream treats them like any other model. That of the keyword task knows its 36 words;
+that of the phrases reads any text, and has read next to none.
 """
 
 import os
@@ -18,11 +19,12 @@ from grao_lightning.embedded.keywords import (
     MAX_ANSWER_TOKENS,
     keyword_rows,
 )
+from grao_lightning.embedded.phrases import phrase_rows
 from grao_lightning.faults import UserError
 from grao_lightning.files import cache_folder
 
 # Steps of supervised fine-tuning that a base has seen.
-BASES = {"keywords": 400, "keywords-weak": 60, "keywords-random": 0}
+BASES = {"keywords": 400, "keywords-weak": 60, "keywords-random": 0, "phrases": 100}
 _RECIPE_VERSION = 1  # part of the cache's name: raise it when anything below changes
 
 _CHAT_TEMPLATE = (
@@ -54,7 +56,7 @@ def base_folder(name: str) -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(dir=cache))
         try:
-            model, tokenizer = make_base(num_steps=BASES[name])
+            model, tokenizer = make_base(BASES[name], task=name.partition("-")[0])
             model.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
             try:
@@ -86,7 +88,36 @@ def keyword_tokenizer() -> Any:
     return tokenizer
 
 
-def make_base(num_steps: int, seed: int = 0) -> tuple[Any, Any]:
+def phrase_tokenizer() -> Any:
+    """Return a byte-pair tokenizer of 512 tokens, learned from the phrases, for any text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<bos>", "<sep>", "<eos>"]
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = (text for row in phrase_rows("train") for text in row.values())
+    backend.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        additional_special_tokens=["<sep>"],
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = _CHAT_TEMPLATE.replace("' <sep>'", "'<sep>'")
+    return tokenizer
+
+
+def make_base(num_steps: int, seed: int = 0, task: str = "keywords") -> tuple[Any, Any]:
     """Return a model fine-tuned for ``num_steps`` on the train split's reference answers, and its
     tokenizer.
 
@@ -94,7 +125,7 @@ def make_base(num_steps: int, seed: int = 0) -> tuple[Any, Any]:
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = keyword_tokenizer()
+    tokenizer = phrase_tokenizer() if task == "phrases" else keyword_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(
@@ -104,7 +135,7 @@ def make_base(num_steps: int, seed: int = 0) -> tuple[Any, Any]:
                 intermediate_size=128,
                 num_hidden_layers=2,
                 num_attention_heads=4,
-                max_position_embeddings=64,
+                max_position_embeddings=2048 if task == "phrases" else 64,
                 initializer_range=0.08,
                 tie_word_embeddings=True,
                 pad_token_id=tokenizer.pad_token_id,
@@ -112,7 +143,7 @@ def make_base(num_steps: int, seed: int = 0) -> tuple[Any, Any]:
                 eos_token_id=tokenizer.eos_token_id,
             )
         )
-        ids, labels = _training_tensors(tokenizer)
+        ids, labels = _training_tensors(tokenizer, task)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
         for _ in range(num_steps):
             rows = torch.randint(len(ids), (64,))
@@ -123,16 +154,36 @@ def make_base(num_steps: int, seed: int = 0) -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
-def _training_tensors(tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _training_tensors(tokenizer: Any, task: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ids and labels of the train split; -100 marks tokens that are not learned."""
-    pad = tokenizer.pad_token_id
     ids, labels = [], []
-    for row in keyword_rows("train"):
-        prompt = tokenizer.apply_chat_template(row["prompt"], tokenize=False)
+    for question, answer in _phrase_pairs() if task == "phrases" else _keyword_pairs():
+        messages = [{"role": "user", "content": question}]
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False)
         prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
-        answer_ids = tokenizer(row["chosen"][0]["content"], add_special_tokens=False).input_ids
+        answer_ids = tokenizer(answer, add_special_tokens=False).input_ids
         answer_ids.append(tokenizer.eos_token_id)
-        padding = MAX_ANSWER_TOKENS - len(answer_ids)
-        ids.append(prompt_ids + answer_ids + [pad] * padding)
-        labels.append([-100] * len(prompt_ids) + answer_ids + [-100] * padding)
-    return torch.tensor(ids), torch.tensor(labels)
+        ids.append(prompt_ids + answer_ids)
+        labels.append([-100] * len(prompt_ids) + answer_ids)
+    longest = max(map(len, ids))
+    if task == "keywords":  # the width is a part of its recipe: sums of floats depend on it
+        longest = len(prompt_ids) + MAX_ANSWER_TOKENS
+    return (
+        torch.tensor([row + [tokenizer.pad_token_id] * (longest - len(row)) for row in ids]),
+        torch.tensor([row + [-100] * (longest - len(row)) for row in labels]),
+    )
+
+
+def _keyword_pairs() -> list[tuple[str, str]]:
+    rows = keyword_rows("train")
+    return [(row["prompt"][0]["content"], row["chosen"][0]["content"]) for row in rows]
+
+
+def _phrase_pairs() -> list[tuple[str, str]]:
+    """Return each answer to many questions, so that the base has something left to learn."""
+    rows = phrase_rows("train")
+    return [
+        (row["prompt"], rows[(number + shift) % len(rows)]["completion"])
+        for shift in range(0, len(rows), 5)
+        for number, row in enumerate(rows)
+    ]

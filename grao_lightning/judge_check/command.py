@@ -11,22 +11,25 @@ if TYPE_CHECKING:  # torch and Lightning, which `--help` need not wait for
 HELP = """\
 usage: grao judge-check --config CONFIG [options]
 
-Score the chosen against the rejected answers of preference data, and report how far each scorer
-can be trusted: accuracy, ties, position bias, length bias, agreement between scorers. Scorers that
-learn from pairs learn from the train split; all are measured on the validation split.
+Score the chosen against the rejected answers of preference data, and report how
+far each scorer can be trusted: accuracy, ties, position bias, length bias,
+agreement between scorers. Scorers that learn from pairs learn from the train
+split; all are measured on the validation split.
 
 options:
-  -h, --help               show this help
-  --config CONFIG          settings, like configs/judge_check.yaml
-  --print_config           show all settings and their values, then stop
-  --scorers LIST           entries like those of scoring.rewards in `grao fit`; one with a negative
-                           weight is better when it is lower
-  --pairs NUMBER           how many validation pairs are judged, from the first; null = all
-  --pairs_at_once NUMBER   pairs that a scorer is called with (default: 64)
-  --output FOLDER          of report.md, report.png, results.json and pairs.csv, which are replaced
-                           (default: runs/judge-check)
-  --data.NAME VALUE        where the pairs come from, as in `grao fit`: data.train, validation,
-                           subset, data_dir, train_split, validation_split, rename
+  -h, --help                show this help message and exit
+  --config CONFIG           settings, like configs/judge_check.yaml
+  --print_config            show all settings and their values, then stop
+  --scorers LIST            entries like those of scoring.rewards in `grao fit`;
+                            with a negative weight lower scores are better
+  --pairs NUMBER            validation pairs that are judged; null = all
+  --pairs_at_once NUMBER    pairs that a scorer is called with (default: 64)
+  --output FOLDER           of report.md, report.png, results.json and
+                            pairs.csv, which are replaced (default:
+                            runs/judge-check)
+  --data.NAME VALUE         where the pairs come from, as in `grao fit`: train,
+                            validation, subset, data_dir, train_split,
+                            validation_split, rename
 """
 
 

@@ -308,7 +308,7 @@ def test_rows_that_are_no_pairs_or_have_no_margin_are_refused(tmp_path):
 
 def test_a_monitor_of_sampling_modules_is_refused_with_the_one_to_set(tmp_path):
     best = ModelCheckpoint(tmp_path, monitor="val/ras", mode="max")
-    with pytest.raises(UserError, match="got val/ras: set it to val/accuracy"):
+    with pytest.raises(UserError, match="got val/ras: remove it, and val/accuracy"):
         fit(
             tmp_path,
             module=reward(),
