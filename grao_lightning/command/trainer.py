@@ -29,7 +29,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "use_distributed_sampler": False,
     "enable_model_summary": False,
 }
-LOGGER_DEFAULTS: dict[str, Any] = {"save_dir": "runs", "name": None}
+LOGGER_DEFAULTS: dict[str, Any] = {"save_dir": "runs", "name": None, "default_hp_metric": False}
 BEST_CHECKPOINT_DEFAULTS: dict[str, Any] = {
     # Held out, never the training reward, which a policy learns to please.
     "monitor": "val/ras",
