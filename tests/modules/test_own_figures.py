@@ -11,7 +11,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from grao_lightning import DPOModule, GRAOModule, PromptDataModule, SFTModule
 from grao_lightning.callbacks.answers import ValidationAnswers
 from grao_lightning.callbacks.sampling import GroupSampling
-from grao_lightning.data.formats import Example
 from grao_lightning.faults import UserError
 from grao_lightning.metrics.outcomes import mean_interval, wilson_interval
 from grao_lightning.rewards.protocol import RewardSpec
@@ -118,9 +117,9 @@ def test_own_figures_on_two_ranks_with_uneven_shards_equal_those_of_one(tmp_path
 
 
 def test_dpo_refuses_to_validate_on_rows_that_are_no_pairs(tmp_path):
-    data = PromptDataModule(validation_prompts=4)
-    data.read("train")
-    data.examples["validation"] = [Example("a", "b", None, {})] * 4
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text('{"prompt": "apple", "completion": "apple"}\n' * 4)
+    data = PromptDataModule(validation=str(held_out))
     run = trainer(tmp_path, callbacks=stages(**UNSCORED), limit_val_batches=1.0)
     with pytest.raises(UserError, match=r"data\.validation must have a rejected answer in every"):
         run.fit(made(DPOModule), datamodule=data)
