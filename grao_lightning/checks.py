@@ -7,15 +7,16 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from grao_lightning.callbacks.checkpoint import DECIDING_FIGURES
 from grao_lightning.callbacks.clipping import ReferenceAwareClipping
 from grao_lightning.callbacks.sampling import GroupSampling
 from grao_lightning.callbacks.scoring import GroupScoring
+from grao_lightning.display.vocabulary import figure_of
 from grao_lightning.faults import Faults, UserError
 
 _STAGES = (GroupSampling, GroupScoring, ReferenceAwareClipping)
 _MADE = "or make the Trainer with grao_lightning.make_trainer"
 _WHOLE = ("32-true", "64-true")
+_MONITORS = ("val/ras", "val/loss", "val/accuracy")  # of one module or another
 
 
 def check_run(trainer: Trainer, module: Any, data: Any) -> None:
@@ -90,8 +91,10 @@ def _stage_faults(trainer: Trainer, module: Any) -> Faults:
         )
     for callback in found:
         if isinstance(callback, ReferenceAwareClipping):
-            drifts = not module.samples or module.reference_model_source is not None
+            drifts = not module.trains_on_groups or module.reference_model_source is not None
             faults.add(*callback.faults(drifts))
+        elif module.samples and isinstance(callback, GroupScoring):
+            faults.add(*callback.faults(trains=module.trains_on_groups))
         elif module.samples:  # else it has no part in the run
             faults.add(*callback.faults())
     return faults
@@ -101,10 +104,10 @@ def _clipping_faults(trainer: Trainer, module: Any) -> Faults:
     faults = Faults()
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     for clipping in (part for part in callbacks if isinstance(part, ReferenceAwareClipping)):
-        if clipping.drift_target is not None and not module.samples:
+        if clipping.drift_target is not None and not module.trains_on_groups:
             faults.add(
-                f"clipping.drift_target must be null with {type(module).__name__}, which has no "
-                f"reference model to drift from; got {clipping.drift_target}: remove it"
+                f"clipping.drift_target must be null with {type(module).__name__}, which samples "
+                f"nothing to measure the drift on; got {clipping.drift_target}: remove it"
             )
         if module.needs_reference_logprobs and clipping.drift_every != 1:
             faults.add(
@@ -184,22 +187,34 @@ def _precision_faults(trainer: Trainer, module: Any) -> Faults:
 
 
 def _monitor_faults(trainer: Trainer, module: Any) -> Faults:
-    """Return likely typos: an unknown figure would end the run at its first validation."""
+    """Return likely typos, which would end the run at its first validation, and wrong ends."""
     faults = Faults()
-    known = [f"val/{name}" for name in module.validation_metrics.names]
-    known += [f"{name}_{end}" for name in known for end in ("low", "high")]
+    names = [name for metrics in module.metric_sets for name in metrics.names]
+    known = [f"val/{name}" for name in names]
+    known += [f"val_bounds/{name}_{end}" for name in names for end in ("low", "high")]
     for callback in trainer.checkpoint_callbacks:
         monitor = getattr(callback, "monitor", None)
         close = difflib.get_close_matches(monitor or "", known, n=1)
-        if monitor in DECIDING_FIGURES and monitor not in known:
+        if monitor in _MONITORS and monitor not in known:
             faults.add(
                 f"best_checkpoint.monitor must be a figure of {type(module).__name__}; got "
-                f"{monitor}: remove it, and {_deciding(known)} decides"
+                f"{monitor}: remove it, and {module.validation_monitor[0]} decides"
             )
         elif close and monitor not in known:  # a figure unlike ours may be logged by the user
             faults.add(f"checkpoint monitor {monitor!r} is not logged; did you mean {close[0]}?")
+        else:
+            faults.add(_direction_fault(callback))
     return faults
 
 
-def _deciding(known: Sequence[str]) -> str:
-    return next((name for name in DECIDING_FIGURES if name in known), "the newest")
+def _direction_fault(checkpoint: Any) -> str | None:
+    """Return that a checkpoint would keep the worst instead of the best."""
+    monitor = getattr(checkpoint, "monitor", None)
+    figure = figure_of(monitor or "")
+    better = {"higher": "max", "lower": "min"}.get(figure.better if figure else "")
+    if better is None or checkpoint.mode == better:
+        return None
+    return (
+        f"best_checkpoint.mode must be {better} with monitor={monitor}, or the worst checkpoint is "
+        f"kept; got {checkpoint.mode}"
+    )

@@ -12,15 +12,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from grao_lightning.callbacks import stopping
 from grao_lightning.callbacks.stopping import Stopped
+from grao_lightning.display.vocabulary import figure_of
 
 log = logging.getLogger(__name__)
 
 _VALIDATION = "epoch_loop.val_loop.batch_progress"
 # As if its first batch had just been begun: Lightning goes back and runs the whole of it.
 _BEGUN = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
-#: The figures that decide which checkpoint is the best: the first one that a run logs. Held out
-#: all, never the training reward, which a policy learns to please.
-DECIDING_FIGURES = ("val/ras", "val/accuracy", "val/nag", "val/reward", "val/loss")
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -30,9 +28,10 @@ class BestCheckpoint(ModelCheckpoint):
     `ValidateLastStep` has the last step validated.
 
     Args:
-        monitor: The figure; null = the first of val/ras, val/accuracy, val/nag, val/reward and
-            val/loss that the run logs.
-        mode: Whether "max" or "min" is better; null = min for a loss or an error, else max.
+        monitor: The figure; null = the module's own (``validation_monitor``): val/ras, or what
+            stands for it where RAS is not measured.
+        mode: Whether "max" or "min" is better; null = the figure's better end, of one of yours min
+            for a loss or an error, else max.
         filename: Without its ending.
         enable_version_counter: Whether a file of that name stays, and this one gets a number.
         save_on_train_epoch_end: False, since epochs do not end here; null = Lightning's own choice,
@@ -87,18 +86,17 @@ class BestCheckpoint(ModelCheckpoint):
     def _find_figure(self, trainer: Trainer) -> None:
         if self.monitor is not None:
             return
-        logged = trainer.callback_metrics
-        self.monitor = next((name for name in DECIDING_FIGURES if name in logged), None)
-        if self.monitor is None:
+        module: Any = trainer.lightning_module
+        figure, mode = module.validation_monitor
+        if figure not in trainer.callback_metrics:
             rank_zero_warn(
-                f"{self.filename}.ckpt holds the newest weights, since none of "
-                f"{', '.join(DECIDING_FIGURES)} is logged; set best_checkpoint.monitor"
+                f"{self.filename}.ckpt holds the newest weights, since {figure} is not logged; set "
+                "best_checkpoint.monitor"
             )
             return
-        if self._given["mode"] is None:
-            self.mode = _better(self.monitor)
-        if self.monitor != DECIDING_FIGURES[0]:
-            log.info("%s.ckpt: the best is that of %s", self.filename, self.monitor)
+        self.monitor, self.mode = figure, self._given["mode"] or mode
+        if figure != "val/ras":
+            log.info("%s.ckpt: the best is that of %s", self.filename, figure)
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -251,8 +249,11 @@ def _asked_of_any(trainer: Trainer) -> int:
     return int(trainer.strategy.reduce(told, reduce_op="max"))
 
 
-def _better(figure: str | None) -> Literal["max", "min"]:
-    name = (figure or "").removesuffix("_low").removesuffix("_high")
+def _better(monitor: str | None) -> Literal["max", "min"]:
+    figure = figure_of(monitor or "")
+    if figure is not None:
+        return "min" if figure.better == "lower" else "max"
+    name = (monitor or "").removesuffix("_low").removesuffix("_high")
     return "min" if name.endswith(("loss", "error")) else "max"
 
 

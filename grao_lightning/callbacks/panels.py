@@ -1,43 +1,46 @@
-"""TensorBoard beyond scalars: the page of the objective's terms, and completions to read."""
+"""TensorBoard beyond scalars: the page of a method's charts, its settings, completions to read."""
 
 import html
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch.utils.tensorboard.summary import hparams
 
 from grao_lightning.batch import PromptBatch
+from grao_lightning.callbacks.clipping import ReferenceAwareClipping
+from grao_lightning.callbacks.sampling import GroupSampling
+from grao_lightning.callbacks.scoring import GroupScoring
+from grao_lightning.callbacks.summary import RunSummary
 from grao_lightning.data.encoding import batch_as_read
+from grao_lightning.display.vocabulary import VALIDATION
 from grao_lightning.metrics.pairs import ReliabilityBin
+from grao_lightning.randomness import run_seed
 
-_TERMS = ("exploration", "imitation", "regularizer")
-_LAYOUT = {
-    "GRAO": {
-        "objective terms": ["Multiline", [f"train/objective/{name}$" for name in _TERMS]],
-        "shares of the terms": ["Multiline", [f"train/objective/{name}_share" for name in _TERMS]],
-        "RAS": ["Margin", ["val/ras", "val/ras_low", "val/ras_high"]],
-        "NAG": ["Margin", ["val/nag", "val/nag_low", "val/nag_high"]],
-        "reward": ["Margin", ["val/reward", "val/reward_low", "val/reward_high"]],
-        "log-probabilities": [
-            "Multiline",
-            ["train/completions/mean_logprob", "train/reference_answer/mean_logprob"],
-        ],
-    }
-}
-_PAIR_LAYOUT = {
-    "Reward model": {
-        "accuracy": ["Margin", ["val/accuracy", "val/accuracy_low", "val/accuracy_high"]],
-        "loss": ["Multiline", ["train/loss", "val/loss$"]],
-        "margin": ["Margin", ["val/margin", "val/margin_low", "val/margin_high"]],
-    }
+# What is charted of validation, by tag without its ``val/``: with its interval, or beside others.
+_WITH_INTERVAL = (
+    *("ras", "nag", "reward", "length", "cut_off", "accuracy", "loss", "margin"),
+    *("rewards/accuracies", "rewards/margins"),
+)
+_WITH_OTHERS = {"distinct": ["val/distinct", "val/base_distinct"]}
+# What training on groups has whatever the method; lengths say what a reward was earned by.
+_OF_GROUPS = {
+    "reward": ["train/reward$", "train/reference_answer/reward"],
+    "length": [f"train/completions/{end}_length" for end in ("mean", "min", "max")],
+    "cut off": ["train/completions/cut_off"],
+    "KL": ["train/kl$"],
+    "entropy": ["train/entropy"],
+    "dead groups": ["train/dead_groups"],
 }
 
 
 class TensorBoardPanels(Callback):
-    """Writes the custom-scalar page and text panels: of prompts with their completions, or, for a
-    reward model, of its reliability curve.
+    """Writes the custom-scalar page, the table of hyper-parameters, and text panels.
+
+    Those show prompts with their completions, or, for a reward model, its reliability curve.
 
     Args:
         every_n_steps: Steps between two text panels in training; 0 = none.
@@ -51,12 +54,24 @@ class TensorBoardPanels(Callback):
         self.every_n_steps = every_n_steps
         self.num_prompts = num_prompts
         self.special_tokens = special_tokens
+        self._end: Any = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Write the layout of the custom-scalar page."""
+        """Write the layout of the custom-scalar page, and the run's settings."""
         writer = _writer(trainer)
         if writer is not None:
-            writer.add_custom_scalars(_LAYOUT if pl_module.samples else _PAIR_LAYOUT)
+            writer.add_custom_scalars(layout(pl_module))
+            figure, _ = pl_module.validation_monitor
+            # The table reads the figure's own curve: a value of ours would be a point in it.
+            *start, self._end = hparams(run_settings(trainer, pl_module), {figure: math.nan})
+            for part in start:
+                writer.file_writer.add_summary(part)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Say in the table of hyper-parameters that the run came to its end."""
+        writer = _writer(trainer)
+        if writer is not None and self._end is not None:
+            writer.file_writer.add_summary(self._end)
 
     def on_train_batch_end(
         self,
@@ -85,7 +100,8 @@ class TensorBoardPanels(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Write a reward model's reliability curve."""
         writer = _writer(trainer)
-        if writer is not None and not pl_module.samples and not trainer.sanity_checking:
+        has_curve = hasattr(pl_module, "reliability")
+        if writer is not None and has_curve and not trainer.sanity_checking:
             table = reliability_table(pl_module.reliability)
             writer.add_text("val/reliability", table, trainer.global_step)
 
@@ -97,6 +113,52 @@ class TensorBoardPanels(Callback):
             if self.special_tokens:
                 batch = batch_as_read(batch, pl_module.tokenizer)
             writer.add_text(tag, completion_table(batch, self.num_prompts), trainer.global_step)
+
+
+def layout(pl_module: Any) -> dict[str, dict[str, list[Any]]]:
+    """Return the custom-scalar page: what validation measures, then what the method has.
+
+    Args:
+        pl_module: A `StepModule`.
+    """
+    names = {name for metrics in pl_module.metric_sets for name in metrics.names}
+    validation: dict[str, list[Any]] = {}
+    for name in _WITH_INTERVAL:
+        if name in names:
+            ends = [f"val_bounds/{name}_{end}" for end in ("low", "high")]
+            validation[VALIDATION[name].label] = ["Margin", [f"val/{name}", *ends]]
+    for name, tags in _WITH_OTHERS.items():
+        if name in names:
+            validation[VALIDATION[name].label] = ["Multiline", [f"{tag}$" for tag in tags]]
+    common = _OF_GROUPS if pl_module.trains_on_groups else {}
+    own = {**pl_module.charts, **common}
+    method = type(pl_module).__name__.removesuffix("Module")
+    return {
+        f"{method}: validation": validation,
+        f"{method}: training": {title: ["Multiline", tags] for title, tags in own.items()},
+    }
+
+
+def run_settings(trainer: Trainer, pl_module: Any) -> dict[str, int | float | str]:
+    """Return all settings that a run's result hangs on, by dotted name.
+
+    Args:
+        trainer: With its callbacks; `RunSummary` holds the command line's whole configuration.
+        pl_module: A `StepModule`.
+    """
+    summaries = [part for part in trainer.callbacks if isinstance(part, RunSummary)]  # type: ignore[attr-defined]
+    config = summaries[0].config if summaries else {}
+    chosen: dict[str, Any] = {
+        "method": type(pl_module).__name__,
+        "model": dict(pl_module.hparams),
+        "seed": run_seed(),
+        "precision": trainer.precision,
+        "max_steps": trainer.max_steps,
+        "world_size": trainer.world_size,
+    }
+    for name, part in _parts(trainer, pl_module):
+        chosen[name] = config.get(name) or _public(part)
+    return _flat("", chosen)
 
 
 def completion_table(batch: PromptBatch, num_prompts: int) -> str:
@@ -139,6 +201,34 @@ def reliability_table(curve: Sequence[ReliabilityBin]) -> str:
         right, low, high = (f"{figure:.1%}" for figure in part.accuracy)
         lines.append(f"| {part.confidence:.1%} | {right} | {low} to {high} | {part.number} |")
     return "\n".join(lines)
+
+
+def _parts(trainer: Trainer, pl_module: Any) -> list[tuple[str, Any]]:
+    """Return what takes part in a run beside the module, under the names of its settings."""
+    kinds: dict[str, type[Callback]] = {"clipping": ReferenceAwareClipping}
+    if pl_module.samples:
+        kinds |= {"sampling": GroupSampling, "scoring": GroupScoring}
+    found = [("data", getattr(trainer, "datamodule", None))]
+    for name, kind in kinds.items():
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        found += [(name, part) for part in callbacks if isinstance(part, kind)]
+    return [(name, part) for name, part in found if part is not None]
+
+
+def _public(part: Any) -> dict[str, Any]:
+    """Return the attributes that a part keeps its settings in."""
+    return {name: value for name, value in vars(part).items() if not name.startswith("_")}
+
+
+def _flat(prefix: str, value: Any) -> dict[str, int | float | str]:
+    """Return settings by dotted name; what TensorBoard's table has no type for becomes text."""
+    if isinstance(value, dict):
+        inner = [
+            _flat(f"{prefix}.{name}" if prefix else name, part) for name, part in value.items()
+        ]
+        return {name: part for settings in inner for name, part in settings.items()}
+    plain = isinstance(value, int | float | str) and not isinstance(value, bool)
+    return {prefix: value if plain else str(value)}
 
 
 def _cell(text: str) -> str:

@@ -157,7 +157,7 @@ class GroupSampling(NamedSettings, Callback):
         lengths, truncated = completions.lengths, completions.truncated_mask
         batch.statistics.mean("completions/mean_length", lengths)
         batch.statistics.extremes("completions/{}_length", lengths)
-        batch.statistics.mean("completions/clipped_ratio", truncated.double())
+        batch.statistics.mean("completions/cut_off", truncated.double())
         share = truncated.double().mean().item()
         if self._cut_off.due(step, share > 0.5):
             rank_zero_warn(

@@ -35,9 +35,10 @@ class GroupScoring(NamedSettings, Callback):
     is missing from every group: nothing is won or lost, and ``comparison`` must be "raw".
 
     Args:
-        rewards: The reward functions and their weights; needed by every module that samples. In
-            Python each may be a function, an instance of a scorer, a `RewardSpec`, an import path
-            or a mapping of a spec's fields.
+        rewards: The reward functions and their weights. Every module that trains on groups needs
+            them; with others (SFT, DPO) they score validation, which without them and ``judges``
+            neither samples nor scores. In Python each may be a function, an instance of a scorer, a
+            `RewardSpec`, an import path or a mapping of a spec's fields.
         judges: Reward functions that score in validation instead of ``rewards``, so that a policy
             is not measured by what it was trained to please; null = the rewards judge too.
         comparison: What advantages are made of. "pairwise": +1, 0 or -1 for a completion better
@@ -84,8 +85,17 @@ class GroupScoring(NamedSettings, Callback):
         self._missing = MissingWindow(missing_window, max_missing)
         self._in_validation = StepStatistics()
 
-    def faults(self) -> Faults:
-        """Return what is wrong with the settings; imports the reward functions."""
+    @property
+    def scores(self) -> bool:
+        """Return whether there is anything to score by."""
+        return bool(self.rewards or self.judges)
+
+    def faults(self, trains: bool = True) -> Faults:
+        """Return what is wrong with the settings; imports the reward functions.
+
+        Args:
+            trains: Whether training, too, reads rewards.
+        """
         faults = Faults()
         faults.at_least("scoring.tie_tolerance", self.tie_tolerance, 0)
         faults.one_of("scoring.comparison", self.comparison, get_args(Comparison))
@@ -96,7 +106,7 @@ class GroupScoring(NamedSettings, Callback):
             faults.one_of("scoring.statistics", self.statistics, get_args(GroupStatistics))
         if self.scale is not None:
             faults.one_of("scoring.scale", self.scale, get_args(GroupScale))
-        if not self.rewards:
+        if trains and not self.rewards:
             faults.add(
                 "scoring.rewards must name at least one reward function; got none: add an entry "
                 "such as {function: my_package.my_module.my_reward}"
@@ -216,7 +226,7 @@ class GroupScoring(NamedSettings, Callback):
         if not pl_module.samples:
             return
         values = self._in_validation.reduced(pl_module.reduce_over_ranks)
-        pl_module.log_dict({f"val/{name}": value for name, value in values.items()}, batch_size=1)
+        pl_module.log_validation({f"val/{name}": value for name, value in values.items()})
         if values["missing_rewards"] > 0:
             rank_zero_warn(
                 f"validation at step {trainer.global_step}: {values['missing_rewards']:.1%} of the "
@@ -298,7 +308,7 @@ class GroupScoring(NamedSettings, Callback):
             note(f"rewards/{name}/mean", scores[:, :-1])
         self._note_statistics(batch.statistics, self.rewards)
         dead = (batch.advantages == 0).all(dim=1)
-        note("frac_reward_zero_std", dead.double())
+        note("dead_groups", dead.double())
         note("mean_abs_advantage", batch.advantages.abs())
         if needs_spread and self._no_signal.due(step, dead.all()):
             rank_zero_warn(

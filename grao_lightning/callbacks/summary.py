@@ -12,27 +12,21 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from grao_lightning.callbacks.scoring import GroupScoring
+from grao_lightning.display.vocabulary import VALIDATION, Figure
 from grao_lightning.files import write_whole
 from grao_lightning.metrics.outcomes import Estimate
 from grao_lightning.metrics.pairs import ReliabilityBin
 from grao_lightning.randomness import run_seed
 
-# row of the table: metric, factor, format
-_ROWS = {
-    "RAS %": ("ras", 100, "{:.1f}"),
-    "NAG %": ("nag", 100, "{:+.1f}"),
-    "reward": ("reward", 1, "{:.3f}"),
-    "length (tokens)": ("length", 1, "{:.1f}"),
-    "cut off %": ("clipped_ratio", 100, "{:.1f}"),
-}
-_PAIR_ROWS = {
-    "accuracy %": ("accuracy", 100, "{:.1f}"),
-    "by length alone %": ("length_alone_accuracy", 100, "{:.1f}"),
-    "loss (nats)": ("loss", 1, "{:.3f}"),
-    "margin (log-odds)": ("margin", 1, "{:+.3f}"),
-    "calibration error %": ("calibration_error", 100, "{:.1f}"),
-    "length correlation": ("length_correlation", 1, "{:+.2f}"),
-}
+# The tables' rows, by tag without its ``val/``.
+_ROWS = (
+    *("ras", "nag", "reward", "length", "cut_off", "distinct"),
+    *("loss", "rewards/accuracies", "rewards/margins"),
+)
+_PAIR_ROWS = (
+    *("accuracy", "length_alone_accuracy", "loss", "margin"),
+    *("calibration_error", "length_correlation"),
+)
 
 
 class RunSummary(Callback):
@@ -81,10 +75,10 @@ class RunSummary(Callback):
 
     def _print(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero:
-            if pl_module.samples:
-                print(summary_table(pl_module.estimates, pl_module.ties_as, pl_module.gain))
-            else:
+            if hasattr(pl_module, "reliability"):
                 print(pair_table(pl_module.estimates, pl_module.reliability))
+            else:
+                print(summary_table(pl_module.estimates, pl_module.ties_as, pl_module.gain))
             print(f"written: {self._folder}", flush=True)
 
     def _write(self, trainer: Trainer, pl_module: Any) -> None:
@@ -92,7 +86,7 @@ class RunSummary(Callback):
         path = self._folder / "summary.json"
         if not trainer.is_global_zero:
             return
-        own = _of_alignment(trainer, pl_module) if pl_module.samples else _of_pairs(pl_module)
+        own = _of_scores(trainer, pl_module) if pl_module.samples else _of_pairs(pl_module)
         summary = {
             **{name: value._asdict() for name, value in pl_module.estimates.items()},
             **own,
@@ -111,7 +105,7 @@ class RunSummary(Callback):
         write_whole(path, json.dumps(summary, indent=2, default=str) + "\n")
 
 
-def _of_alignment(trainer: Trainer, pl_module: Any) -> dict[str, Any]:
+def _of_scores(trainer: Trainer, pl_module: Any) -> dict[str, Any]:
     scorers = [c for c in trainer.callbacks if isinstance(c, GroupScoring)]  # type: ignore[attr-defined]
     held_out = scorers[0].held_out_accuracy
     return {
@@ -122,6 +116,8 @@ def _of_alignment(trainer: Trainer, pl_module: Any) -> dict[str, Any]:
 
 
 def _of_pairs(pl_module: Any) -> dict[str, Any]:
+    if not hasattr(pl_module, "reliability"):
+        return {}
     curve = [
         {"confidence": part.confidence, **part.accuracy._asdict(), "number": part.number}
         for part in pl_module.reliability
@@ -139,26 +135,24 @@ def summary_table(estimates: dict[str, Estimate], ties_as: str, gain: str) -> st
     """
     header = f"{'':16} {'policy':>8}  {'95 % interval':<18} {'base':>8}  {'reference answer':>16}"
     lines = ["", header, "-" * len(header)]
-    for label, (name, factor, form) in _ROWS.items():
+    for name in _ROWS:
         if name not in estimates:
             continue
-        value, low, high = (form.format(factor * figure) for figure in estimates[name])
-        beside = [
-            form.format(factor * estimates[other].value) if other in estimates else ""
+        figure = VALIDATION[name]
+        value, interval = _shown(figure, estimates[name])
+        base, answer = (
+            figure.shown(estimates[other].value) if other in estimates else ""
             for other in (f"base_{name}", f"reference_answer_{name}")
-        ]
-        interval = f"[{low}, {high}]"
-        lines.append(f"{label:16} {value:>8}  {interval:<18} {beside[0]:>8}  {beside[1]:>16}")
-    meaning = {
-        "wins": "share of wins over the untrained base",
-        "net": "wins minus losses against the untrained base",
-    }
+        )
+        line = f"{figure.heading:16} {value:>8}  {interval:<18} {base:>8}  {answer:>16}"
+        lines.append(line.rstrip())
     if "ras" in estimates:
-        lines += [
-            f"RAS: wins over the reference answer, ties count as {ties_as}. NAG: {meaning[gain]}."
-        ]
-    else:
-        lines += [f"No RAS: the data has no reference answers. NAG: {meaning[gain]}."]
+        lines.append(f"RAS: wins over the reference answer, ties count as {ties_as}.")
+    elif "reward" in estimates:
+        lines.append("No RAS: the data has no reference answers.")
+    if "nag" in estimates:
+        meaning = {"wins": "share of wins over", "net": "wins minus losses against"}
+        lines.append(f"NAG: {meaning[gain]} the untrained base.")
     return "\n".join([*lines, ""])
 
 
@@ -171,11 +165,10 @@ def pair_table(estimates: dict[str, Estimate], curve: Sequence[ReliabilityBin]) 
     """
     header = f"{'held-out pairs':24} {'value':>8}  {'95 % interval':<18}"
     lines = ["", header, "-" * len(header)]
-    for label, (name, factor, form) in _PAIR_ROWS.items():
+    for name in _PAIR_ROWS:
         if name in estimates:
-            value, low, high = (form.format(factor * figure) for figure in estimates[name])
-            interval = "" if math.isnan(estimates[name].low) else f"[{low}, {high}]"
-            lines.append(f"{label:24} {value:>8}  {interval:<18}".rstrip())
+            value, interval = _shown(VALIDATION[name], estimates[name])
+            lines.append(f"{VALIDATION[name].heading:24} {value:>8}  {interval:<18}".rstrip())
     lines += ["", f"{'confidence %':24} {'right %':>8}  {'95 % interval':<18} {'pairs':>6}"]
     for part in curve:
         right, low, high = (f"{100 * figure:.1f}" for figure in part.accuracy)
@@ -186,6 +179,12 @@ def pair_table(estimates: dict[str, Estimate], curve: Sequence[ReliabilityBin]) 
         "difference in score. Length correlation: Spearman's, of differences of score and tokens.",
     ]
     return "\n".join([*lines, ""])
+
+
+def _shown(figure: Figure, estimate: Estimate) -> tuple[str, str]:
+    """Return a value and its interval as text, the latter empty where there is none."""
+    value, low, high = map(figure.shown, estimate)
+    return value, "" if math.isnan(estimate.low) else f"[{low}, {high}]"
 
 
 def _peak_memory() -> int:

@@ -128,6 +128,7 @@ class GRAOCommandLine(LightningCLI):
         self._summary.config = yaml.safe_load(
             self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
         )
+        self.model.trainer = self.trainer  # which knows whether there are rewards
         faults = run_faults(self.trainer, self.model, self.datamodule, self._command)
         faults.add(self._checkpoint_fault(self.config_init[self._command].get("ckpt_path")))
         faults.raise_if_any()

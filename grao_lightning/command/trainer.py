@@ -29,7 +29,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "use_distributed_sampler": False,
     "enable_model_summary": False,
 }
-LOGGER_DEFAULTS: dict[str, Any] = {"save_dir": "runs", "name": None}
+LOGGER_DEFAULTS: dict[str, Any] = {"save_dir": "runs", "name": None, "default_hp_metric": False}
 LAST_CHECKPOINT_DEFAULTS: dict[str, Any] = {
     # Written as the run goes, when it is interrupted, and at its end.
     "every_n_train_steps": 50,

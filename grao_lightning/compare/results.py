@@ -65,10 +65,11 @@ class FinishedRun:
             events = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()
             for tag in set(_CURVES) & set(events.Tags()["scalars"]):
                 for event in events.Scalars(tag):
-                    # Metrics are logged at the step before the one they close.
-                    known = found[tag].get(event.step + 1)
+                    # What a step measures, it measures before its own update.
+                    step = event.step + tag.startswith("train/")
+                    known = found[tag].get(step)
                     if known is None or event.wall_time >= known[0]:
-                        found[tag][event.step + 1] = (event.wall_time, event.value)
+                        found[tag][step] = (event.wall_time, event.value)
         return {
             tag: {step: value for step, (_, value) in sorted(points.items())}
             for tag, points in found.items()
@@ -185,8 +186,10 @@ def compare_methods(
 
 
 def _curve(runs: Sequence[FinishedRun]) -> dict[str, list[float]]:
-    """Return the mean RAS of the seeds at each validation, and the least and the largest one."""
-    base = [run.base_ras for run in runs]
+    """Return the mean RAS of the seeds at each validation, and the least and the largest one.
+
+    The untrained base stands at step 0 where the runs started from it.
+    """
     by_run = [run.curves["val/ras"] for run in runs]
     steps = sorted(set.intersection(*(set(points) for points in by_run)))
     values = np.array([[points[step] for points in by_run] for step in steps])
@@ -194,12 +197,8 @@ def _curve(runs: Sequence[FinishedRun]) -> dict[str, list[float]]:
         float(np.mean([run.curves["train/num_tokens"].get(step, 0.0) for run in runs]))
         for step in steps
     ]
-    positions = list(map(float, steps))
-    if not np.isnan(base).any():  # before the first step the policy is the base
-        values = np.vstack([base, values])
-        positions, tokens = [0.0, *positions], [0.0, *tokens]
     return {
-        "steps": positions,
+        "steps": list(map(float, steps)),
         "tokens": tokens,
         "ras": values.mean(axis=1).tolist(),
         "lowest": values.min(axis=1).tolist(),

@@ -127,6 +127,11 @@ def _work(run: Run, output: Path, keep_checkpoints: bool) -> str | None:
         except Exception as error:
             traceback.print_exc()
             return f"{type(error).__name__}: {error}"
+    if not (folder / "answers.jsonl").exists():
+        return (
+            f"{run.config}: methods are compared by RAS, and this one measures none: name "
+            "scoring.rewards or scoring.judges"
+        )
     if not keep_checkpoints:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     found = {

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import sys
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -242,6 +243,15 @@ def eos_ids(source: ModelSource | None, tokenizer: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys(number for number in ids if number is not None))
 
 
+def _silence_gguf() -> None:
+    """Switch off the one bar of transformers that `disable_progress_bar` does not reach."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    bar = getattr(reader, "tqdm", None)
+    if bar is not None:
+        reader.tqdm = partial(bar, disable=True)
+
+
 def _load(setting: str, source: str, auto_class: Any, **options: Any) -> Any:
     import transformers
 
@@ -253,6 +263,8 @@ def _load(setting: str, source: str, auto_class: Any, **options: Any) -> Any:
         raise UserError(fault)
     if not sys.stderr.isatty():  # in a log file a bar is noise
         transformers.utils.logging.disable_progress_bar()
+        if source.endswith(".gguf"):
+            _silence_gguf()
     location = str(Path(source).expanduser()) if source.startswith("~") else source
     if source.startswith(_EMBEDDED):
         from grao_lightning.embedded.base import base_folder

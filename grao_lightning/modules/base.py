@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from grao_lightning.batch import PromptBatch, TokenRow
+from grao_lightning.callbacks.scoring import GroupScoring
 from grao_lightning.faults import Faults
 from grao_lightning.language_model.head import Weigh
 from grao_lightning.language_model.loading import (
@@ -27,8 +28,8 @@ from grao_lightning.language_model.logprobs import (
 )
 from grao_lightning.language_model.sharing import share_prompts, shares_prompts
 from grao_lightning.metrics.outcomes import GainKind, TiesAs
-from grao_lightning.modules.step import StepModule, StepSettings
-from grao_lightning.modules.validation import ValidationMetrics
+from grao_lightning.modules.step import Mode, StepModule, StepSettings
+from grao_lightning.modules.validation import MetricSet, ValidationMetrics
 from grao_lightning.objectives.advantages import GroupScale, GroupStatistics
 from grao_lightning.objectives.clipping import outward_mask
 
@@ -64,7 +65,6 @@ class AlignmentModule(StepModule):
         step_settings: The settings of `StepModule`.
     """
 
-    samples = True
     trains_on_groups = True
     #: Whether completions of equal reward in a group teach nothing.
     needs_spread = True
@@ -94,6 +94,9 @@ class AlignmentModule(StepModule):
         self.gain = gain
         has_base = reference_model is not None
         self.validation_metrics = ValidationMetrics(ties_as, gain, has_base=has_base)
+        #: What a method measures on the data's answers, without sampling.
+        self.answer_metrics: MetricSet | None = None
+        self._base_is_start = reference_model == "policy"
 
     @property
     def source(self) -> str:
@@ -104,6 +107,35 @@ class AlignmentModule(StepModule):
     def trained_model(self) -> Any:
         """Return the policy."""
         return self.policy
+
+    @property
+    def samples(self) -> bool:
+        """Return whether validation samples and scores: it needs a reward or judge to score by.
+
+        Training on groups has one; other methods may do without.
+        """
+        trainer = self._trainer
+        return self.trains_on_groups or (
+            trainer is not None
+            and any(part.scores for part in trainer.callbacks if isinstance(part, GroupScoring))  # type: ignore[attr-defined]
+        )
+
+    @property
+    def validation_monitor(self) -> tuple[str, Mode]:
+        """Return RAS where it is measured: held out, never the reward that training pleases.
+
+        Data without reference answers has NAG instead, without a base the reward.
+        """
+        if not self.samples:
+            return super().validation_monitor
+        names = self.validation_metrics.names
+        return f"val/{next(name for name in ('ras', 'nag', 'reward') if name in names)}", "max"
+
+    @property
+    def metric_sets(self) -> list[Any]:
+        """Return RAS and its like where there are rewards, and the method's own figures."""
+        own = [] if self.answer_metrics is None else [self.answer_metrics]
+        return [self.validation_metrics, *own] if self.samples else own
 
     # -- set-up ------------------------------------------------------------------------------------
 
@@ -269,7 +301,8 @@ class AlignmentModule(StepModule):
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Take in one batch's outcomes; `GroupSampling` and `GroupScoring` have filled it."""
-        self.validation_metrics.update(batch)
+        if self.samples:
+            self.validation_metrics.update(batch)
 
     # -- checkpoints -------------------------------------------------------------------------------
 

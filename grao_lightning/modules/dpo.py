@@ -1,6 +1,6 @@
 """DPO: learns from pairs of a chosen and a rejected answer, without sampling."""
 
-from typing import get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
@@ -11,14 +11,18 @@ from grao_lightning.checks import check_pairs
 from grao_lightning.faults import Faults
 from grao_lightning.language_model.head import Weigh, weigh_by_gradient
 from grao_lightning.language_model.logprobs import frozen_logprobs, split_together
+from grao_lightning.metrics.outcomes import MeanWithInterval, ShareWithInterval
 from grao_lightning.modules.base import AlignmentModule, AlignmentSettings
+from grao_lightning.modules.step import Charts
+from grao_lightning.modules.validation import MetricSet
 from grao_lightning.objectives.dpo import DPOKind, DPOSettings, dpo_loss
 
 
 class DPOModule(AlignmentModule):
     """Direct Preference Optimization and its kin.
 
-    Sampling and scoring run in validation only, so that RAS and NAG are those of every method.
+    Validation gives the loss, accuracy and margins on held-out pairs. With ``scoring.rewards`` or
+    ``judges`` it samples and scores too, so that RAS and NAG are those of every method.
 
     Args:
         kind: "sigmoid" (arXiv 2305.18290), "ipo" (arXiv 2310.12036) or "hinge" (arXiv 2305.10425).
@@ -29,6 +33,13 @@ class DPOModule(AlignmentModule):
 
     trains_on_groups = False
     trains_on_pairs = True
+    charts: ClassVar[Charts] = {
+        "loss": ["train/loss$", "val/loss$"],
+        "accuracy": ["train/rewards/accuracies", "val/rewards/accuracies"],
+        "margin": ["train/rewards/margins", "val/rewards/margins"],
+        "rewards by beta": ["train/rewards/chosen", "train/rewards/rejected"],
+        "log-probabilities": ["train/logps/chosen", "train/logps/rejected"],
+    }
 
     def __init__(
         self,
@@ -40,6 +51,14 @@ class DPOModule(AlignmentModule):
         super().__init__(**base_settings)
         self.settings = DPOSettings(kind, beta, label_smoothing)
         self._frozen_sums: dict[int, tuple[float, float]] = {}
+        self._frozen_validation: dict[tuple[int, ...], Tensor] = {}
+        means = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "base_loss")
+        self.answer_metrics = MetricSet(
+            {
+                **{name: MeanWithInterval() for name in means},
+                "rewards/accuracies": ShareWithInterval(),
+            }
+        )
 
     def faults(self) -> Faults:
         """Return what is wrong with the settings."""
@@ -61,10 +80,11 @@ class DPOModule(AlignmentModule):
         return faults
 
     def setup(self, stage: str) -> None:
-        """Check the run, and that every train row has a rejected answer."""
+        """Check the run, and that every row that is read has a rejected answer."""
         super().setup(stage)
-        splits = ("train",) if stage == "fit" else ()
-        check_pairs(getattr(self.trainer, "datamodule", None), splits, "DPO")
+        train = ["train"] if stage == "fit" else []
+        validation = ["validation"] if self.trainer.enable_validation else []
+        check_pairs(getattr(self.trainer, "datamodule", None), [*train, *validation], "DPO")
 
     def rows(self, batch: PromptBatch) -> list[TokenRow]:
         """Return the chosen answers, then the rejected ones."""
@@ -114,6 +134,36 @@ class DPOModule(AlignmentModule):
                 self._frozen_sums[index] = (chosen.sum().item(), rejected.sum().item())
         sums = [self._frozen_sums[index] for index in batch.indices]
         return torch.tensor(sums, dtype=torch.double).t().flatten()
+
+    # -- validation --------------------------------------------------------------------------------
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Take in how far the policy tells the answers of held-out pairs."""
+        super().validation_step(batch, batch_idx)
+        assert self.answer_metrics is not None
+        rows, key = self.rows(batch), tuple(batch.indices)
+        if key not in self._frozen_validation:
+            self._frozen_validation[key] = self._sums(self.reference_model, rows)
+        sums, frozen = self._sums(self.policy, rows), self._frozen_validation[key]
+        lengths = torch.tensor([len(row.answer_ids) for row in rows])
+        of_chosen, of_rejected = lengths.split(len(batch))
+        chosen, rejected = (sums - frozen).split(len(batch))
+        add, beta = self.answer_metrics.add, self.settings.beta
+        add("loss", dpo_loss(chosen, rejected, of_chosen, of_rejected, self.settings))
+        # Before training the policy is the reference model: all log-ratios are 0.
+        zeros = torch.zeros_like(chosen)
+        add("base_loss", dpo_loss(zeros, zeros, of_chosen, of_rejected, self.settings))
+        add("rewards/chosen", beta * chosen)
+        add("rewards/rejected", beta * rejected)
+        add("rewards/margins", beta * (chosen - rejected))
+        add("rewards/accuracies", chosen > rejected)
+
+    def _sums(self, model: Any, rows: list[TokenRow]) -> Tensor:
+        """Return a model's log-probability of each answer, [R] float64."""
+        logprobs = frozen_logprobs(
+            model, rows, self.micro_batch_tokens, temperature=self.logprob_temperature
+        )
+        return torch.stack([row.double().sum().cpu() for row in logprobs])
 
     def _note(self, batch: PromptBatch, sums: Tensor, frozen: Tensor, lengths: Tensor) -> None:
         chosen, rejected = (sums - frozen.to(sums)).split(len(batch))

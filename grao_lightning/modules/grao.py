@@ -1,16 +1,21 @@
 """GRAO: imitate while worse than the reference answer, explore when better."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 from grao_lightning.batch import PromptBatch, TokenRow
 from grao_lightning.modules.base import AlignmentModule, AlignmentSettings, RowLogprobs
+from grao_lightning.modules.step import Charts
 from grao_lightning.objectives.grao import (
     GRAOWeights,
     grao_coefficients,
     grao_terms_per_prompt,
 )
+
+_TERMS = ("exploration", "imitation", "regularizer")
 
 
 class GRAOModule(AlignmentModule):
@@ -44,6 +49,14 @@ class GRAOModule(AlignmentModule):
         self.mask_truncated_completions = mask_truncated_completions
 
     heeds_outward_mask = True
+    charts: ClassVar[Charts] = {
+        "objective terms": [f"train/objective/{name}$" for name in _TERMS],
+        "shares of the terms": [f"train/objective/{name}_share" for name in _TERMS],
+        "log-probabilities": [
+            "train/completions/mean_logprob",
+            "train/reference_answer/mean_logprob",
+        ],
+    }
 
     def rows(self, batch: PromptBatch) -> list[TokenRow]:
         """Return the completions, then the reference answers."""

@@ -1,6 +1,6 @@
 """GRPO: completions compared within their group, the reference answer left out."""
 
-from typing import get_args
+from typing import ClassVar, get_args
 
 import torch
 from torch import Tensor
@@ -8,7 +8,8 @@ from typing_extensions import Unpack
 
 from grao_lightning.batch import PromptBatch
 from grao_lightning.faults import Faults
-from grao_lightning.modules.rollout import RolloutModule, RolloutSettings, Tokens
+from grao_lightning.modules.rollout import CLIPPED, RolloutModule, RolloutSettings, Tokens
+from grao_lightning.modules.step import Charts
 from grao_lightning.objectives.grpo import (
     Aggregation,
     GRPOSettings,
@@ -37,6 +38,7 @@ class GRPOModule(RolloutModule):
     """
 
     group_scale = "sample_std"
+    charts: ClassVar[Charts] = {"loss": ["train/loss$"], **CLIPPED}
 
     def __init__(
         self,

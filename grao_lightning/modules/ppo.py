@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,8 @@ from grao_lightning.batch import PromptBatch, TokenRow
 from grao_lightning.faults import Faults, UserError
 from grao_lightning.language_model.head import head_of
 from grao_lightning.language_model.logprobs import TokenLogprobs, at_least_float32, frozen_passes
-from grao_lightning.modules.rollout import RolloutModule, RolloutSettings, Tokens
+from grao_lightning.modules.rollout import CLIPPED, RolloutModule, RolloutSettings, Tokens
+from grao_lightning.modules.step import Charts
 from grao_lightning.objectives.ppo import (
     adapted_kl_weight,
     clipped_value_loss,
@@ -63,6 +64,13 @@ class PPOModule(RolloutModule):
 
     needs_spread = False
     group_scale = "none"
+    charts: ClassVar[Charts] = {
+        "loss": ["train/loss$"],
+        **CLIPPED,
+        "value loss": ["train/value/loss", "train/value/squared_error"],
+        "value": ["train/value/mean", "train/value/return"],
+        "KL weight": ["train/kl_weight"],
+    }
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
 """Reward models: a score for an answer, learned from pairs of a chosen and a rejected one."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -27,7 +27,7 @@ from grao_lightning.language_model.scores import (
 from grao_lightning.language_model.sharing import share_prompts, shares_prompts
 from grao_lightning.metrics.outcomes import Estimate
 from grao_lightning.metrics.pairs import PairMetrics, ReliabilityBin
-from grao_lightning.modules.step import StepModule, StepSettings
+from grao_lightning.modules.step import Charts, Mode, StepModule, StepSettings
 from grao_lightning.objectives.bradley_terry import BradleyTerrySettings, bradley_terry_loss
 from grao_lightning.randomness import run_seed
 from grao_lightning.rewards.preference import length_alone
@@ -59,6 +59,7 @@ class RewardModule(StepModule):
 
     trains_on_pairs = True
     source_setting = "model.backbone"
+    charts: ClassVar[Charts] = {"loss": ["train/loss$", "val/loss$"]}
 
     def __init__(
         self,
@@ -89,6 +90,11 @@ class RewardModule(StepModule):
     def trained_model(self) -> Any:
         """Return the reward model."""
         return self.reward_model
+
+    @property
+    def validation_monitor(self) -> tuple[str, Mode]:
+        """Return the accuracy on held-out pairs."""
+        return "val/accuracy", "max"
 
     # -- set-up ------------------------------------------------------------------------------------
 

@@ -20,6 +20,9 @@ log = logging.getLogger(__name__)
 #: (the rows' tokens, their log-probabilities, those of the sampling policy) -> weighted losses
 TokenLoss = Callable[["Tokens", Tensor, Tensor], Tensor]
 
+#: The chart of what the clipped ratio leaves without gradient.
+CLIPPED = {"clipped tokens": ["train/clip_ratio/low_mean", "train/clip_ratio/high_mean"]}
+
 
 class Tokens:
     """Tokens of some rows, all rows behind one another, and a slice of them.

@@ -2,7 +2,7 @@
 
 import time
 from contextlib import nullcontext
-from typing import Any, Literal, TypedDict
+from typing import Any, ClassVar, Literal, TypedDict
 
 import torch
 from lightning.pytorch import LightningModule
@@ -26,6 +26,8 @@ from grao_lightning.modules.optimizer import MasterWeightsAdamW
 from grao_lightning.modules.settings import show_settings
 
 Schedule = Literal["constant", "linear", "cosine"]
+Mode = Literal["min", "max"]
+Charts = dict[str, list[str]]
 
 
 class StepSettings(TypedDict, total=False):
@@ -69,8 +71,6 @@ class StepModule(NamedSettings, LightningModule):
             model that is handed over that of the name it was loaded from.
     """
 
-    #: Whether it has a policy that samples, and whose completions are scored.
-    samples = False
     #: Whether training reads sampled, scored groups (and not only the data's answers).
     trains_on_groups = False
     #: Whether training reads rejected answers.
@@ -84,6 +84,8 @@ class StepModule(NamedSettings, LightningModule):
     _sources: dict[str, Any]
     #: The setting that names the trained model's source.
     source_setting = "model.policy"
+    #: Its charts on TensorBoard's custom-scalar page: title -> regular expressions of tags.
+    charts: ClassVar[Charts] = {"loss": ["train/loss$"]}
 
     def __init__(
         self,
@@ -127,6 +129,8 @@ class StepModule(NamedSettings, LightningModule):
         self.num_sampled_tokens = 0
         self.estimates: dict[str, Estimate] = {}
         self.step_values: dict[str, float] = {}
+        #: Whether the untrained base, which validation measures, is what training starts from.
+        self._base_is_start = False
         self._packed: Tensor | None = None
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -178,6 +182,21 @@ class StepModule(NamedSettings, LightningModule):
     def source(self) -> str:
         """Return where the trained model comes from."""
         raise NotImplementedError
+
+    @property
+    def samples(self) -> bool:
+        """Return whether validation samples completions, scores them and gives RAS."""
+        return False
+
+    @property
+    def validation_monitor(self) -> tuple[str, Mode]:
+        """Return the figure that says which of two checkpoints is better, and its better end."""
+        return "val/loss", "min"
+
+    @property
+    def metric_sets(self) -> list[Any]:
+        """Return what validation fills; a set has names, compute, reset and without_interval."""
+        return [self.validation_metrics]
 
     @property
     def needs_reference_logprobs(self) -> bool:
@@ -297,25 +316,61 @@ class StepModule(NamedSettings, LightningModule):
             values["perf/tokens_per_second"] = sampled / sum(batch.seconds.values())
         values["step_time"] = sum(batch.seconds.values())
         self.step_values = values
-        self.log_dict({f"train/{name}": value for name, value in values.items()}, batch_size=1)
+        tagged = {f"train/{name}": value for name, value in values.items()}
+        self.log_dict(tagged, logger=False, batch_size=1)
+        step, every = self.trainer.global_step, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if step % every == 0:
+            self._write(tagged, step - 1)  # measured before this step's own update
 
     # -- validation --------------------------------------------------------------------------------
 
     def on_validation_epoch_end(self) -> None:
-        """Log every figure with its interval."""
+        """Log every figure, and its interval under a group of its own."""
         self.estimates = self.validation_figures()
-        bare = getattr(self.validation_metrics, "without_interval", ())
-        for name, estimate in self.estimates.items():
-            ends = {"": estimate.value, "_low": estimate.low, "_high": estimate.high}
-            if name in bare:
-                ends = {"": estimate.value}
-            self.log_dict({f"val/{name}{end}": value for end, value in ends.items()}, batch_size=1)
+        self.log_validation(self._tagged(self.estimates))
+        if self._base_is_start and self.trainer.global_step > 0:
+            start = {
+                name.removeprefix("base_"): estimate
+                for name, estimate in self.estimates.items()
+                if name.startswith("base_")
+            }
+            self._write(self._tagged(start), 0)
+            self._base_is_start = False  # one point is enough
+
+    def log_validation(self, values: dict[str, float]) -> None:
+        """Log figures that are the same on all ranks, at the number of steps taken.
+
+        Args:
+            values: By tag.
+        """
+        # Lightning has no other way to be told that ranks agree.
+        self.log_dict(values, logger=False, batch_size=1, sync_dist=True)
+        self._write(values, self.trainer.global_step)
 
     def validation_figures(self) -> dict[str, Estimate]:
         """Return what this validation measured, and forget it for the next one."""
-        figures: dict[str, Estimate] = self.validation_metrics.compute()
-        self.validation_metrics.reset()
+        figures: dict[str, Estimate] = {}
+        for metrics in self.metric_sets:
+            figures |= metrics.compute()
+            metrics.reset()
         return figures
+
+    def _tagged(self, estimates: dict[str, Estimate]) -> dict[str, float]:
+        bare = {name for metrics in self.metric_sets for name in metrics.without_interval}
+        tagged = {f"val/{name}": estimate.value for name, estimate in estimates.items()}
+        for name, estimate in estimates.items():
+            if name not in bare:
+                tagged[f"val_bounds/{name}_low"] = estimate.low
+                tagged[f"val_bounds/{name}_high"] = estimate.high
+        return tagged
+
+    def _write(self, values: dict[str, float], step: int) -> None:
+        """Hand values to the loggers: Lightning would add a curve of the epoch, which stays 0."""
+        if self.trainer.sanity_checking:
+            return
+        for logger in self.trainer.loggers:
+            logger.log_metrics(values, step=step)
+            logger.save()
 
     # -- checkpoints -------------------------------------------------------------------------------
 

@@ -5,7 +5,9 @@ decoding step reads them once a group. Rows that have ended leave the batch. Sha
 most P tokens, N rows in the decoding batch, Hq query heads, H key heads, D their size.
 """
 
+import inspect
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -204,17 +206,24 @@ def _decode(model: Any, groups: _Groups, tokens: Tensor, position: int) -> Tenso
 
 
 def _states(model: Any, groups: _Groups, ids: Tensor, positions: Tensor) -> Tensor:
-    output = model.get_decoder()(
+    decoder = model.get_decoder()
+    output = decoder(
         input_ids=ids,
         position_ids=positions,
         # Four dimensions: handed through as it is, and never read by the layout.
         attention_mask=torch.ones(1, 1, 1, 1),
-        past_key_values=groups,
         use_cache=True,
         shared_prompts=groups,
+        **{_cache_name(type(decoder).forward): groups},
     )
     states: Tensor = output.last_hidden_state
     return states
+
+
+@cache
+def _cache_name(forward: Any) -> str:
+    """Return how a decoder calls its cache: transformers 5 goes from past_key_values to cache."""
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
 def _logits(model: Any, states: Tensor) -> Tensor:

@@ -140,8 +140,8 @@ def test_a_reward_model_is_judged_by_its_accuracy_without_being_told(tmp_path):
 
 
 def test_a_run_that_logs_none_of_the_figures_keeps_the_newest_and_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr("grao_lightning.callbacks.checkpoint.DECIDING_FIGURES", ("val/none",))
-    with pytest.warns(UserWarning, match="holds the newest weights, since none of val/none"):
+    monkeypatch.setattr(GRAOModule, "validation_monitor", ("val/none", "max"))
+    with pytest.warns(UserWarning, match="holds the newest weights, since val/none is not logged"):
         _, kept, _ = best_of(tmp_path, max_steps=4, val_check_interval=2)
     assert kept == 4
 

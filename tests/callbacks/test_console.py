@@ -2,60 +2,119 @@
 
 import html
 import io
+import math
 import re
 import sys
 from types import SimpleNamespace
 
+import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from grao_lightning.batch import Completions, PromptBatch
 from grao_lightning.callbacks import console
-from grao_lightning.callbacks.console import StepProgressBar, step_line
+from grao_lightning.callbacks.console import StepProgressBar, step_line, validation_line
 from grao_lightning.callbacks.panels import completion_table
 from grao_lightning.callbacks.phase import RareWarning
+from grao_lightning.display.vocabulary import VALIDATION
+from grao_lightning.metrics.outcomes import Estimate
 from tests.runs import fit, stages
 
 SAMPLING = re.compile(r"Sampling (\d+)/12 tokens, (\d+) of (\d+) rows left")
 
 
+VALUES = {
+    "loss": 1.0,
+    "reward": 0.6666,
+    "ras": 0.361,
+    "kl": 0.00123,
+    "entropy": 1.5,
+    "completions/mean_length": 5.83,
+    "completions/cut_off": 0.25,
+    "dead_groups": 0.125,
+    "step_time": 0.0312,
+}
+
+
 def test_a_step_is_one_line_with_the_figures_that_matter():
-    values = {
-        "loss": 1.0,
-        "reward": 0.6666,
-        "ras": 0.361,
-        "kl": 0.00123,
-        "entropy": 1.5,
-        "completions/mean_length": 5.83,
-        "completions/clipped_ratio": 0.25,
-        "frac_reward_zero_std": 0.125,
-        "step_time": 0.0312,
-    }
-    assert step_line(7, 200, values) == (
-        "step   7/200 | reward 0.667 | ras 36% | drift 0.0012 | entropy 1.50 | length 5.8 | "
-        "cut off 25% | dead groups 12% | 0.03 s/step"
+    assert step_line(7, 200, VALUES) == (
+        "step   7/200  reward 0.667  RAS 36%  length 5.8  cut off 25%  KL 0.0012  0.03 s"
     )
 
 
 def test_a_method_without_rewards_shows_its_loss():
     assert step_line(1, 9, {"loss": 2.5, "entropy": 1.0, "step_time": 1.0}) == (
-        "step 1/9 | loss 2.500 | entropy 1.00 | 1.00 s/step"
+        "step 1/9  loss 2.500  entropy 1.00  1.00 s"
     )
 
 
-def test_every_step_prints_one_line_and_none_speaks_of_epochs(tmp_path, capsys):
-    fit(tmp_path, callbacks=[*stages(), StepProgressBar()], enable_progress_bar=True)
+def test_a_validation_is_one_line_with_length_and_diversity():
+    """A policy that gives one answer to all shows, however good its RAS."""
+    estimates = {
+        "ras": Estimate(0.96, 0.934, 0.986),
+        "nag": Estimate(1.0, 0.973, 1.0),
+        "reward": Estimate(0.5, 0.4, 0.6),
+        "length": Estimate(11.0, 10.9, 11.1),
+        "distinct": Estimate(1 / 224, math.nan, math.nan),
+    }
+    assert validation_line(100, 100, estimates) == (
+        "val  100/100  RAS 96.0% [93.4, 98.6]  NAG +100.0%  length 11.0  distinct 0.4%"
+    )
+    # Where both have no room, the interval goes.
+    assert validation_line(10**6, 10**6, estimates) == (
+        "val  1000000/1000000  RAS 96.0%  NAG +100.0%  length 11.0  distinct 0.4%"
+    )
+
+
+def test_a_validation_of_pairs_or_answers_has_its_own_figures():
+    loss = {"loss": Estimate(0.293, 0.268, 0.318)}
+    assert validation_line(5, 60, loss) == "val   5/60  loss 0.293 [0.268, 0.318]"
+    margin = Estimate(1.305, 1.2, 1.4)
+    pairs = {"rewards/accuracies": Estimate(0.95, 0.9, 0.99), "rewards/margins": margin, **loss}
+    assert validation_line(5, 60, pairs) == (
+        "val   5/60  loss 0.293 [0.268, 0.318]  accuracy 95.0%  margin +1.305"
+    )
+
+
+@pytest.mark.parametrize("steps", [9, 200, 12345678])
+def test_no_line_fills_a_terminal_of_80_columns(steps):
+    large = {name: 1234.5 for name in VALUES}
+    assert len(step_line(steps, steps, large)) < 80
+    estimates = {name: Estimate(123.4, -123.4, 123.4) for name in VALIDATION}
+    assert len(validation_line(steps, steps, estimates)) < 80
+
+
+def lines_of(tmp_path, capsys, bar: StepProgressBar, **options) -> list[str]:
+    """Return what a run writes where there is no terminal, without numbers behind the step."""
+    fit(tmp_path, callbacks=[*stages(), bar], enable_progress_bar=True, **options)
     captured = capsys.readouterr()
-    lines = [line for line in captured.out.splitlines() if line.startswith("step ")]
-    assert [line.split(" | ")[0] for line in lines] == ["step 1/3", "step 2/3", "step 3/3"]
     assert "Epoch" not in captured.out + captured.err
     assert "/-2" not in captured.out + captured.err
+    lines = captured.out.splitlines()
+    return [line.split("  ")[0] for line in lines if line.startswith(("step ", "val "))]
 
 
-def test_lines_can_be_fewer(tmp_path, capsys):
-    bar = StepProgressBar(every_n_steps=2)
-    fit(tmp_path, callbacks=[*stages(), bar], enable_progress_bar=True)
-    assert capsys.readouterr().out.count("step ") == 1
+def test_a_log_has_a_line_every_few_seconds_and_one_a_validation(tmp_path, capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    class Slow(Callback):
+        def on_train_batch_start(self, *_) -> None:
+            now[0] += 2.0  # so that the fifth second passes in every third step
+
+    bar = StepProgressBar(every_n_seconds=5.0)
+    whole = {"max_steps": 9, "limit_val_batches": 1, "val_check_interval": 6}
+    data = {"prompts_per_step": 1, "validation_batch_size": 4}
+    fit(tmp_path, data=data, callbacks=[*stages(), Slow(), bar], enable_progress_bar=True, **whole)
+    lines = capsys.readouterr().out.splitlines()
+    shown = [line.split("  ")[0] for line in lines if line.startswith(("step ", "val "))]
+    assert shown == ["step 1/9", "step 4/9", "val", "step 7/9", "step 9/9"]
+
+
+def test_every_step_may_have_its_line(tmp_path, capsys):
+    bar = StepProgressBar(every_n_seconds=0)
+    assert lines_of(tmp_path, capsys, bar) == ["step 1/3", "step 2/3", "step 3/3"]
 
 
 def test_a_warning_is_repeated_only_after_its_pause():
@@ -125,8 +184,8 @@ def test_under_a_terminal_a_bar_counts_the_steps_and_in_a_file_there_is_none(
     assert "Training:" not in output()
     pretend_a_terminal(monkeypatch)
     shown = output()
-    assert "Training:" in shown and "| 3/3 [" in shown
-    assert "Epoch" not in shown
+    assert "Training:" in shown and "| 3/3 [" in shown and "reward " in shown
+    assert "Epoch" not in shown and "v_num" not in shown and "step 1/3" not in shown
 
 
 def shown_by_a_run(tmp_path, capsys) -> str:

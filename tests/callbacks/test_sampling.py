@@ -121,7 +121,7 @@ def test_the_share_cut_off_is_logged_and_spoken_of_only_above_one_half(module, c
     batch = prompts(0)
     GroupSampling(group_size=5).on_train_batch_start(trainer_at(0), module, batch, 0)
     values = batch.statistics.reduced(lambda values, _: values)
-    assert values["completions/clipped_ratio"] == 0.4  # no, yes, no, yes, no
+    assert values["completions/cut_off"] == 0.4  # no, yes, no, yes, no
     assert values["completions/mean_length"] == 2.0
     assert not recwarn.list
     with pytest.warns(UserWarning, match="67% of the completions were cut off"):

@@ -213,7 +213,7 @@ def test_normalised_scores_leave_missing_ones_missing_and_outcomes_follow_them()
 
 def test_statistics_tell_dead_groups_and_the_spread():
     statistics = scored(TEXTS, ANSWERS).statistics.reduced(lambda values, _: values)
-    assert statistics["frac_reward_zero_std"] == 0.5
+    assert statistics["dead_groups"] == 0.5
     # groups {1, 2, 3} and {2, 2, 2}: population std sqrt(2/3) and 0
     assert statistics["reward_std"] == pytest.approx(math.sqrt(2 / 3) / 2)
     assert statistics["reference_answer/reward"] == 2.0
@@ -355,7 +355,7 @@ def test_a_short_outage_is_waited_out_and_teaches_nothing(tmp_path, outage):
     class Noted(GroupScoring):
         def on_train_batch_end(self, trainer, pl_module, *rest):
             values = pl_module.step_values
-            shares.append((values["missing_rewards"], values["frac_reward_zero_std"]))
+            shares.append((values["missing_rewards"], values["dead_groups"]))
             super().on_train_batch_end(trainer, pl_module, *rest)
 
     callbacks = stages()
@@ -386,7 +386,7 @@ def test_a_base_answer_that_was_not_scored_is_scored_at_the_next_validation(tmp_
     class Seen(GroupScoring):
         def on_validation_epoch_end(self, trainer, pl_module):
             super().on_validation_epoch_end(trainer, pl_module)
-            present.append(trainer.logged_metrics["val/missing_rewards"].item())
+            present.append(trainer.callback_metrics["val/missing_rewards"].item())
 
     present, judges = [], outage(range(2, 3))["rewards"]
     callbacks = stages()
@@ -414,7 +414,7 @@ def test_validation_logs_each_judge_and_what_is_missing(tmp_path, outage):
         limit_val_batches=1.0,
         val_check_interval=1,
     )
-    logged = module.trainer.logged_metrics
+    logged = module.trainer.callback_metrics
     assert logged["val/judge/asked"] == 16.0, "eight prompts, policy and base"
     assert -1 <= logged["val/rewards/verdicts/mean"] <= 1
     # The first judge scored nothing, so it does not apply; the other's verdicts stand.

@@ -73,7 +73,7 @@ def test_without_a_reference_model_there_is_no_gain_and_no_base(tmp_path):
 def test_the_summary_holds_what_validation_found_and_what_the_run_cost(finished):
     module, folder, _ = finished
     summary = json.loads((folder / "summary.json").read_text())
-    for name in ("ras", "nag", "reward", "length", "clipped_ratio"):
+    for name in ("ras", "nag", "reward", "length", "cut_off"):
         assert summary[name] == module.estimates[name]._asdict()
         assert summary[name]["low"] <= summary[name]["value"] <= summary[name]["high"]
     assert summary["steps"] == summary["validated_step"] == 4
@@ -98,7 +98,7 @@ def test_tensorboard_gets_the_known_names_the_layout_and_texts(finished):
     expected = [
         "reward",
         "reward_std",
-        "frac_reward_zero_std",
+        "dead_groups",
         "rewards/keyword_score/mean",
         "kl",
         "entropy",
@@ -106,7 +106,7 @@ def test_tensorboard_gets_the_known_names_the_layout_and_texts(finished):
         "completions/mean_length",
         "completions/min_length",
         "completions/max_length",
-        "completions/clipped_ratio",
+        "completions/cut_off",
         "learning_rate",
         "num_tokens",
         "step_time",
@@ -126,7 +126,8 @@ def test_tensorboard_gets_the_known_names_the_layout_and_texts(finished):
     missing = {f"train/{name}" for name in expected} - set(tags["scalars"])
     assert not missing
     for name in ("ras", "nag", "reward", "length"):
-        assert {f"val/{name}", f"val/{name}_low", f"val/{name}_high"} <= set(tags["scalars"])
+        ends = {f"val_bounds/{name}_{end}" for end in ("low", "high")}
+        assert {f"val/{name}", *ends} <= set(tags["scalars"])
     assert len(events.Scalars("train/reward")) == 4
     assert "custom_scalars__config__" in tags["tensors"]
     text = events.Tensors("train/completions/text_summary")[0].tensor_proto.string_val[0].decode()
@@ -158,7 +159,9 @@ def test_the_table_shows_percentages_intervals_and_the_meaning_of_ties():
     assert cells["RAS %"] == ["94.5", "[91.0,", "96.7]", "36.3"]
     assert cells["NAG %"] == ["-5.0", "[-10.0,", "+0.0]"]
     assert cells["reward"] == ["0.960", "[0.950,", "0.970]", "0.704"]
-    assert any("ties count as half" in line and "wins minus losses" in line for line in table)
+    assert "RAS: wins over the reference answer, ties count as half." in table
+    assert "NAG: wins minus losses against the untrained base." in table
+    assert max(map(len, table)) < 80, "a terminal of 80 columns wraps nothing"
 
 
 def test_a_second_validation_forgets_the_first(tmp_path):

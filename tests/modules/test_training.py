@@ -110,7 +110,7 @@ def test_validation_on_two_ranks_with_uneven_shards_equals_that_of_one(tmp_path)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["world_size"] == 2
     for name, estimate in module.estimates.items():
-        assert summary[name] == pytest.approx(estimate._asdict(), abs=1e-9), name
+        assert summary[name] == pytest.approx(estimate._asdict(), abs=1e-9, nan_ok=True), name
 
 
 MASTERS = {"master_weights": True, "learning_rate": 1e-4}  # most steps stay below bfloat16

@@ -1,5 +1,7 @@
 """The fast path of sampling against generate."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -99,3 +101,13 @@ def test_autocast_samples_in_lower_precision():
     assert share_prompts(model)
     with torch.autocast("cpu", torch.bfloat16):
         assert all(sample(model, 3).ids)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "Mixtral"])
+def test_the_cache_is_handed_over_by_the_name_that_the_model_knows(family):
+    """Newer versions of transformers warn of the old name, and will drop it."""
+    model = tiny_model(family, vocab_size=36)
+    assert share_prompts(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        sample(model, 2)
