@@ -163,9 +163,10 @@ class LastCheckpoint(ModelCheckpoint):
             Stopped: During the last step.
         """
         super().on_train_end(trainer, pl_module)
-        stopping.defer(False)
         if self._last_global_step_saved != trainer.global_step and self.dirpath is not None:
             self._save(trainer)
+        stopping.defer(False)
+        self.stop = _asked_of_any(trainer)
         if self.stop:
             raise Stopped(self.stop, in_order=True)
 

@@ -98,10 +98,16 @@ class RewardSpec(NamedSettings):
                 )
             return function
         try:
-            return function(**self.arguments)
+            made = function(**self.arguments)
         except Exception as error:  # a class may do anything when it is made
             reason = str(error) if isinstance(error, _TOLD) else f"{type(error).__name__}: {error}"
             raise UserError(f"scoring.rewards: arguments of {self.label}: {reason}") from error
+        if not callable(made):
+            raise UserError(
+                f"scoring.rewards: {self.label} must be a function or a class whose instances can "
+                "be called; give it a method __call__(self, completions)"
+            )
+        return made
 
 
 if TYPE_CHECKING:

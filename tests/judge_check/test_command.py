@@ -454,7 +454,7 @@ def test_faults_are_told_together_before_anything_is_scored(check, folder, monke
         "scorers: the weight of length must be > 0 (higher is better) or < 0",
         "scorers: cannot import 'test_scorers.nothing'",
         "scorers: arguments of test_scorers.Pairwise: ",
-        "scorers: test_scorers.SCORE_OF_ALL must be a function or class; got 5",
+        "scorers: cannot import 'test_scorers.SCORE_OF_ALL': SCORE_OF_ALL must be a function or ",
         "reward function Pairwise asks for column verdict; the dataset has scores besides",
     ]
     for found, start in zip(faults, expected, strict=True):
