@@ -18,8 +18,6 @@ def kindness(completions):
 class Polite:
     pass
 """
-    "def kindness(completions):\n    return [1.0] * len(completions)\n\nclass Polite:\n    pass\n"
-)
 
 
 @pytest.fixture
