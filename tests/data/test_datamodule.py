@@ -51,7 +51,9 @@ def test_ranks_share_the_batch_of_a_single_process(world_size):
 
 @pytest.fixture(scope="module")
 def data() -> PromptDataModule:
-    module = PromptDataModule(validation_prompts=20, validation_batch_size=8)
+    module = PromptDataModule(
+        tokenizer="embedded:keywords", validation_prompts=20, validation_batch_size=8
+    )
     module.setup("fit")
     return module
 
@@ -82,7 +84,9 @@ def test_the_whole_validation_split_gives_preference_pairs_whatever_is_validated
 
 def test_workers_give_the_same_batches_as_none():
     def batches(num_workers: int):
-        module = PromptDataModule(num_workers=num_workers, prompts_per_step=4)
+        module = PromptDataModule(
+            tokenizer="embedded:keywords", num_workers=num_workers, prompts_per_step=4
+        )
         module.setup("fit")
         batches = zip(range(3), module.train_dataloader(), strict=False)
         return [batch.prompt_ids for _, batch in batches]
@@ -98,7 +102,9 @@ def test_faults_name_the_prompts_per_step_that_would_work():
 
 def test_validation_on_training_rows_is_said_aloud(tmp_path):
     def warned(train: str, validation: str | None = None) -> bool:
-        module = PromptDataModule(train=train, validation=validation, prompts_per_step=1)
+        module = PromptDataModule(
+            train, validation, tokenizer="embedded:keywords", prompts_per_step=1
+        )
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             module.setup("validate")
@@ -126,6 +132,7 @@ def test_settings_of_files_reach_the_rows(tmp_path):
     module = PromptDataModule(
         train=str(tmp_path / "train.jsonl"),
         validation=str(tmp_path / "dev.jsonl"),
+        tokenizer="embedded:keywords",
         rename={"question": "prompt", "answer": "completion"},
         prompts_per_step=1,
     )
@@ -157,7 +164,9 @@ def test_each_split_is_read_under_its_own_name_with_the_sources_other_settings(m
 def test_length_limit_and_chat_template_reach_the_encoder(data):
     whole = next(iter(data.val_dataloader()))
     template = "{% for turn in messages %}{{ turn['content'] }} <sep> <eos>{% endfor %}"
-    module = PromptDataModule(max_prompt_tokens=4, chat_template=template)
+    module = PromptDataModule(
+        tokenizer="embedded:keywords", max_prompt_tokens=4, chat_template=template
+    )
     module.setup("validate")
     batch = next(iter(module.val_dataloader()))
     tokenizer = module.encoder._tokenizer
@@ -191,7 +200,7 @@ def test_training_batches_are_those_of_seed_step_and_rank(data, monkeypatch):
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 def test_wrong_references_change_places_with_rejected_answers_in_training_alone(share):
-    data = PromptDataModule(wrong_reference_share=share)
+    data = PromptDataModule(tokenizer="embedded:keywords", wrong_reference_share=share)
     data.setup("fit")
     right = data.examples["train"]
     wrong = data.train_dataloader().dataset
@@ -210,7 +219,7 @@ def test_wrong_references_change_places_with_rejected_answers_in_training_alone(
 
 def test_rejected_answers_are_encoded_for_methods_that_train_on_pairs_alone():
     for reads, expected in ((True, 8), (False, 0)):
-        data = PromptDataModule()
+        data = PromptDataModule(tokenizer="embedded:keywords")
         module = SimpleNamespace(trains_on_pairs=reads)
         data.trainer = SimpleNamespace(
             lightning_module=module, global_step=0, global_rank=0, world_size=1
