@@ -1,9 +1,11 @@
 """Batches: which prompts, in which order, with which tokens."""
 
+import json
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pytest
 
 from grao_lightning import PromptDataModule
@@ -243,3 +245,56 @@ def test_wrong_references_need_rejected_answers():
     rows = [Example("q", "good", None, {})]
     with pytest.raises(UserError, match="row 1 has none: use preference data"):
         with_wrong_references(rows, 1.0)
+
+
+# -- rows handed over in Python --------------------------------------------------------------------
+
+ROWS = [{"prompt": word, "completion": f"{word} river", "hint": 3} for word in ("apple", "yarn")]
+
+
+@pytest.mark.parametrize("kind", ["rows", "tuple", "dataset", "file"])
+def test_rows_handed_over_are_those_of_a_file(tmp_path, kind):
+    held_out = [{"prompt": "kettle", "completion": "yarn"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    train = {
+        "rows": ROWS,
+        "tuple": tuple(ROWS),
+        "dataset": datasets.Dataset.from_list(ROWS),
+        "file": str(tmp_path / "rows.jsonl"),
+    }[kind]
+    module = PromptDataModule(train, held_out, tokenizer="embedded:keywords", prompts_per_step=2)
+    assert module.faults() == [] and not module.validates_on_train_rows
+    module.setup("fit")
+    assert [row.prompt for row in module.examples["train"]] == ["apple", "yarn"]
+    batch = next(iter(module.train_dataloader()))
+    assert sorted(batch.reference_answers) == ["apple river", "yarn river"]
+    assert batch.columns == [{"hint": 3}] * 2
+    assert next(iter(module.val_dataloader())).prompts == ["kettle"]
+
+
+def test_validation_on_the_rows_of_training_is_said_aloud():
+    assert PromptDataModule(ROWS).validates_on_train_rows
+    assert PromptDataModule(ROWS, ROWS).validates_on_train_rows
+    assert not PromptDataModule(ROWS, ROWS[:1]).validates_on_train_rows
+    with pytest.warns(UserWarning, match=r"data.validation is data.train \(2 rows\)"):
+        PromptDataModule(ROWS, tokenizer="embedded:keywords", prompts_per_step=1).setup("validate")
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        (
+            datasets.DatasetDict(a=datasets.Dataset.from_list(ROWS)),
+            "got DatasetDict: take one of a",
+        ),
+        (datasets.Dataset.from_list(ROWS).to_iterable_dataset(), "end is not known: take list"),
+        (datasets.Dataset.from_dict({"prompt": []}), "got no row"),
+        ([ROWS[0], "apple"], "got str as row 2: 'apple'"),
+        (7, "got int"),
+        (None, "got NoneType"),
+    ],
+)
+def test_what_is_no_list_of_rows_is_refused_with_what_may_stand_there(train, message):
+    (fault,) = PromptDataModule(train).faults()
+    assert fault.startswith("data.train must be a source's name, a datasets.Dataset or a list of")
+    assert message in fault
