@@ -24,11 +24,14 @@ _PUBLIC = {
     "ReferenceAwareClipping",
     "RewardModel",
     "RewardModule",
+    "RewardSpec",
     "SFTModule",
     "__version__",
     "bradley_terry_loss",
+    "export",
     "grao_objective",
     "group_advantages",
+    "make_trainer",
 }
 _PUBLIC_METRICS = {
     "Estimate",

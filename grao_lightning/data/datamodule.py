@@ -230,14 +230,14 @@ class PromptDataModule(NamedSettings, LightningDataModule):
         """Refuse chats without a template; say once how prompts are read."""
         assert self.encoder is not None
         for split in splits:
-            written = self._written[split]
+            written = self._written.get(split, Counter())
             fault = undecided_template(split, written, self.encoder, as_chat=self._as_chat)
             if fault:
                 raise UserError(fault)
         if self._told or (self.trainer and self.trainer.global_rank):
             return
         self._told, split = True, splits[0]
-        written, first = self._written[split], self.examples[split][0]
+        written, first = self._written.get(split, Counter()), self.examples[split][0]
         for fault in effect_faults(
             written, as_chat=self._as_chat, chat_template=self._chat_template
         ):

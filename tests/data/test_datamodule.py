@@ -1,9 +1,11 @@
 """Batches: which prompts, in which order, with which tokens."""
 
+import json
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pytest
 
 from grao_lightning import PromptDataModule
@@ -51,7 +53,9 @@ def test_ranks_share_the_batch_of_a_single_process(world_size):
 
 @pytest.fixture(scope="module")
 def data() -> PromptDataModule:
-    module = PromptDataModule(validation_prompts=20, validation_batch_size=8)
+    module = PromptDataModule(
+        tokenizer="embedded:keywords", validation_prompts=20, validation_batch_size=8
+    )
     module.setup("fit")
     return module
 
@@ -82,7 +86,9 @@ def test_the_whole_validation_split_gives_preference_pairs_whatever_is_validated
 
 def test_workers_give_the_same_batches_as_none():
     def batches(num_workers: int):
-        module = PromptDataModule(num_workers=num_workers, prompts_per_step=4)
+        module = PromptDataModule(
+            tokenizer="embedded:keywords", num_workers=num_workers, prompts_per_step=4
+        )
         module.setup("fit")
         batches = zip(range(3), module.train_dataloader(), strict=False)
         return [batch.prompt_ids for _, batch in batches]
@@ -98,7 +104,9 @@ def test_faults_name_the_prompts_per_step_that_would_work():
 
 def test_validation_on_training_rows_is_said_aloud(tmp_path):
     def warned(train: str, validation: str | None = None) -> bool:
-        module = PromptDataModule(train=train, validation=validation, prompts_per_step=1)
+        module = PromptDataModule(
+            train, validation, tokenizer="embedded:keywords", prompts_per_step=1
+        )
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             module.setup("validate")
@@ -126,6 +134,7 @@ def test_settings_of_files_reach_the_rows(tmp_path):
     module = PromptDataModule(
         train=str(tmp_path / "train.jsonl"),
         validation=str(tmp_path / "dev.jsonl"),
+        tokenizer="embedded:keywords",
         rename={"question": "prompt", "answer": "completion"},
         prompts_per_step=1,
     )
@@ -157,7 +166,9 @@ def test_each_split_is_read_under_its_own_name_with_the_sources_other_settings(m
 def test_length_limit_and_chat_template_reach_the_encoder(data):
     whole = next(iter(data.val_dataloader()))
     template = "{% for turn in messages %}{{ turn['content'] }} <sep> <eos>{% endfor %}"
-    module = PromptDataModule(max_prompt_tokens=4, chat_template=template)
+    module = PromptDataModule(
+        tokenizer="embedded:keywords", max_prompt_tokens=4, chat_template=template
+    )
     module.setup("validate")
     batch = next(iter(module.val_dataloader()))
     tokenizer = module.encoder._tokenizer
@@ -191,7 +202,7 @@ def test_training_batches_are_those_of_seed_step_and_rank(data, monkeypatch):
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 def test_wrong_references_change_places_with_rejected_answers_in_training_alone(share):
-    data = PromptDataModule(wrong_reference_share=share)
+    data = PromptDataModule(tokenizer="embedded:keywords", wrong_reference_share=share)
     data.setup("fit")
     right = data.examples["train"]
     wrong = data.train_dataloader().dataset
@@ -210,7 +221,7 @@ def test_wrong_references_change_places_with_rejected_answers_in_training_alone(
 
 def test_rejected_answers_are_encoded_for_methods_that_train_on_pairs_alone():
     for reads, expected in ((True, 8), (False, 0)):
-        data = PromptDataModule()
+        data = PromptDataModule(tokenizer="embedded:keywords")
         module = SimpleNamespace(trains_on_pairs=reads)
         data.trainer = SimpleNamespace(
             lightning_module=module, global_step=0, global_rank=0, world_size=1
@@ -234,3 +245,56 @@ def test_wrong_references_need_rejected_answers():
     rows = [Example("q", "good", None, {})]
     with pytest.raises(UserError, match="row 1 has none: use preference data"):
         with_wrong_references(rows, 1.0)
+
+
+# -- rows handed over in Python --------------------------------------------------------------------
+
+ROWS = [{"prompt": word, "completion": f"{word} river", "hint": 3} for word in ("apple", "yarn")]
+
+
+@pytest.mark.parametrize("kind", ["rows", "tuple", "dataset", "file"])
+def test_rows_handed_over_are_those_of_a_file(tmp_path, kind):
+    held_out = [{"prompt": "kettle", "completion": "yarn"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    train = {
+        "rows": ROWS,
+        "tuple": tuple(ROWS),
+        "dataset": datasets.Dataset.from_list(ROWS),
+        "file": str(tmp_path / "rows.jsonl"),
+    }[kind]
+    module = PromptDataModule(train, held_out, tokenizer="embedded:keywords", prompts_per_step=2)
+    assert module.faults() == [] and not module.validates_on_train_rows
+    module.setup("fit")
+    assert [row.prompt for row in module.examples["train"]] == ["apple", "yarn"]
+    batch = next(iter(module.train_dataloader()))
+    assert sorted(batch.reference_answers) == ["apple river", "yarn river"]
+    assert batch.columns == [{"hint": 3}] * 2
+    assert next(iter(module.val_dataloader())).prompts == ["kettle"]
+
+
+def test_validation_on_the_rows_of_training_is_said_aloud():
+    assert PromptDataModule(ROWS).validates_on_train_rows
+    assert PromptDataModule(ROWS, ROWS).validates_on_train_rows
+    assert not PromptDataModule(ROWS, ROWS[:1]).validates_on_train_rows
+    with pytest.warns(UserWarning, match=r"data.validation is data.train \(2 rows\)"):
+        PromptDataModule(ROWS, tokenizer="embedded:keywords", prompts_per_step=1).setup("validate")
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        (
+            datasets.DatasetDict(a=datasets.Dataset.from_list(ROWS)),
+            "got DatasetDict: take one of a",
+        ),
+        (datasets.Dataset.from_list(ROWS).to_iterable_dataset(), "end is not known: take list"),
+        (datasets.Dataset.from_dict({"prompt": []}), "got no row"),
+        ([ROWS[0], "apple"], "got str as row 2: 'apple'"),
+        (7, "got int"),
+        (None, "got NoneType"),
+    ],
+)
+def test_what_is_no_list_of_rows_is_refused_with_what_may_stand_there(train, message):
+    (fault,) = PromptDataModule(train).faults()
+    assert fault.startswith("data.train must be a source's name, a datasets.Dataset or a list of")
+    assert message in fault

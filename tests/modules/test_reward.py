@@ -64,6 +64,8 @@ class Record(Callback):
 def run(folder: Path, module, clipping=None, **options):
     record = Record()
     callbacks = [*stages(**(clipping or {})), record]
+    if not module.backbone_source.startswith("embedded:"):  # an encoder: it has no template
+        options["data"] = {"chat_template": "hh", **options.get("data", {})}
     return fit(folder, module=module, callbacks=callbacks, **options), record
 
 
@@ -130,15 +132,14 @@ def test_a_step_takes_the_gradient_of_the_loss_written_out_pair_by_pair(tmp_path
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, encoder, options):
     """Also with dropout, which draws anew at every step."""
     options = {name: encoder if value == "encoder" else value for name, value in options.items()}
-    whole = fit(tmp_path, module=reward(**options), callbacks=stages(), max_steps=6)
+    data = {"data": {"chat_template": "hh"} if options else {}}
+    whole = fit(tmp_path, module=reward(**options), callbacks=stages(), max_steps=6, **data)
     saver = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=3, filename="three")
     saved = {"callbacks": [*stages(), saver], "enable_checkpointing": True}
-    fit(tmp_path, module=reward(**options), max_steps=3, **saved)
-    checkpoint = str(tmp_path / "saved/three.ckpt")
+    fit(tmp_path, module=reward(**options), max_steps=3, **saved, **data)
+    going_on = {"max_steps": 6, "ckpt_path": str(tmp_path / "saved/three.ckpt"), **data}
     torch.manual_seed(1)
-    resumed = fit(
-        tmp_path, module=reward(**options), callbacks=stages(), max_steps=6, ckpt_path=checkpoint
-    )
+    resumed = fit(tmp_path, module=reward(**options), callbacks=stages(), **going_on)
     assert largest_difference(weights(whole), weights(resumed)) == 0.0
     assert whole.step_values["loss"] == resumed.step_values["loss"]
 
@@ -269,7 +270,7 @@ def test_a_pair_too_long_for_the_backbone_is_left_out_and_a_long_prompt_cut(tmp_
         Example(fits, "apple " * 30, "river", {}),
     ]
     module = reward(backbone=encoder)
-    data = PromptDataModule(tokenizer=encoder, prompts_per_step=3, max_prompt_tokens=None)
+    data = PromptDataModule(prompts_per_step=3, max_prompt_tokens=None, chat_template="hh")
     data.examples["train"] = rows
     record = Record()
     one_step = trainer(tmp_path, callbacks=[*stages(), record], max_steps=1)
