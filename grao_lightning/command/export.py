@@ -76,20 +76,10 @@ def export(ckpt_path: str, output: str, policy: str | None = None) -> list[str]:
     Raises:
         UserError: The checkpoint cannot be read or does not fit, or the folder is in use.
     """
-    from grao_lightning.language_model.loading import (
-        checkpoint_fault,
-        first_mismatch,
-        source_fault,
-    )
+    from grao_lightning.language_model.loading import first_mismatch
 
-    faults = Faults()
-    faults.add(checkpoint_fault("--ckpt_path", ckpt_path))
-    if policy is not None:
-        faults.add(source_fault("--policy", policy))
     folder = Path(output).expanduser()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        faults.add(f"--output: {output} holds files already; name a new folder")
-    faults.raise_if_any("in the arguments")
+    _argument_faults(ckpt_path, folder, policy).raise_if_any("in the arguments")
     found = _read(Path(ckpt_path).expanduser())
     model, tokenizer, source = _made(found, policy)
     if found.kind == "reward_model":
@@ -109,6 +99,18 @@ def export(ckpt_path: str, output: str, policy: str | None = None) -> list[str]:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return notes
+
+
+def _argument_faults(ckpt_path: str, folder: Path, policy: str | None) -> Faults:
+    from grao_lightning.language_model.loading import checkpoint_fault, source_fault
+
+    faults = Faults()
+    faults.add(checkpoint_fault("--ckpt_path", ckpt_path))
+    if policy is not None:
+        faults.add(source_fault("--policy", policy))
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        faults.add(f"--output: {folder} holds files already; name a new folder")
+    return faults
 
 
 def _made(found: _Checkpoint, policy: str | None) -> tuple[Any, Any, str]:

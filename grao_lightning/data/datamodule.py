@@ -217,7 +217,7 @@ class PromptDataModule(NamedSettings, LightningDataModule):
     def template_in_use(self) -> str | None:
         """Return the chat template by which conversations are read, None where there are none."""
         assert self.encoder is not None, "setup() makes the encoder"
-        chats = sum((self._written[split] for split in self._written), Counter[str]())
+        chats = sum(map(self._forms, self.examples), Counter[str]())
         if not chats[MESSAGES] + chats[HH_TEXT] and not (self._as_chat and chats[PLAIN]):
             return None
         return self.encoder.template
@@ -226,18 +226,26 @@ class PromptDataModule(NamedSettings, LightningDataModule):
         """Return whether the rows of a split, read by now, have reference answers."""
         return all(row.reference_answer is not None for row in self.examples[split][:1])
 
+    def _forms(self, split: str) -> Counter[str]:
+        """Return the rows of a split by how their prompts are written, see `FormatReport`."""
+        if split in self._written:
+            return self._written[split]
+        # Not read by us: how conversations were written is for who made them to know.
+        prompts = [example.prompt for example in self.examples[split]]
+        return Counter(PLAIN if isinstance(prompt, str) else HH_TEXT for prompt in prompts)
+
     def _check_template(self, splits: Sequence[str]) -> None:
         """Refuse chats without a template; say once how prompts are read."""
         assert self.encoder is not None
         for split in splits:
-            written = self._written.get(split, Counter())
+            written = self._forms(split)
             fault = undecided_template(split, written, self.encoder, as_chat=self._as_chat)
             if fault:
                 raise UserError(fault)
         if self._told or (self.trainer and self.trainer.global_rank):
             return
         self._told, split = True, splits[0]
-        written, first = self._written.get(split, Counter()), self.examples[split][0]
+        written, first = self._forms(split), self.examples[split][0]
         for fault in effect_faults(
             written, as_chat=self._as_chat, chat_template=self._chat_template
         ):
