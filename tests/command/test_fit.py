@@ -292,7 +292,7 @@ def test_a_reward_model_is_trained_exported_and_serves_as_a_reward(grao, quickst
     saved = torch.load("saved/last.ckpt", weights_only=True)["state_dict"]
     module.load_state_dict(saved)
     module.eval()
-    data = PromptDataModule(validation_prompts=9)
+    data = PromptDataModule(tokenizer="embedded:keywords", validation_prompts=9)
     data.setup("validate")
     (batch,) = data.val_dataloader()
     with torch.no_grad():
@@ -315,7 +315,7 @@ def test_a_reward_model_is_trained_exported_and_serves_as_a_reward(grao, quickst
     status, text, errors = grao("fit", "--config", "aligned.yaml")
     assert status == 0, errors
     summary = json.loads(Path("runs/version_1/summary.json").read_text())
-    held_out = PromptDataModule(validation_prompts=8)
+    held_out = PromptDataModule(tokenizer="embedded:keywords", validation_prompts=8)
     held_out.setup("validate")
     (batch,) = held_out.val_dataloader()
     scores = reward(prompts=batch.prompts, completions=batch.reference_answers)
@@ -558,7 +558,7 @@ def test_a_damaged_model_folder_is_one_error_with_the_fix(complaint):
 
 def test_a_hub_name_out_of_reach_is_one_error_with_the_fix(complaint):
     text = complaint({"model.init_args.policy": "nosuch/model"})
-    assert "model.policy): cannot load 'nosuch/model': " in text
+    assert "model.policy: cannot load 'nosuch/model': " in text
     assert "Give a hub name that can be reached" in text
 
 
