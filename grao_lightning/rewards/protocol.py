@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from typing_extensions import final
 
 from grao_lightning.faults import NamedSettings, UserError
 from grao_lightning.rewards.importing import load_object
@@ -51,6 +52,7 @@ else:  # what a config can hold: the command line's parser goes by it
     FunctionSource = str
 
 
+@final  # or the command line's parser would have class_path and init_args for it
 @dataclass
 class RewardSpec(NamedSettings):
     """One reward function of a weighted sum.
