@@ -192,7 +192,16 @@ def _tree(module: str) -> list[ast.stmt]:
         path = path / "__init__.py" if path.is_dir() else path.with_name(f"{path.name}.py")
     if path.suffix != ".py" or not path.is_file():
         return []
-    return ast.parse(path.read_text(encoding="utf-8")).body
+    return list(_as_run(ast.parse(path.read_text(encoding="utf-8")).body))
+
+
+def _as_run(statements: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """Give statements as they are run: what is for type checkers alone is left out."""
+    for statement in statements:
+        if isinstance(statement, ast.If) and ast.unparse(statement.test) == "TYPE_CHECKING":
+            yield from statement.orelse
+        else:
+            yield statement
 
 
 def _meanings(docstring: str) -> dict[str, str]:

@@ -60,6 +60,7 @@ def test_the_choices_of_a_setting_are_told():
     assert told["reference_model"] == "str|null"
     scoring = {setting.name: setting.form for setting in settings_of("grao_lightning.GroupScoring")}
     assert scoring["statistics"] == "inside|outside|split|null"
+    assert scoring["rewards"] == "list|null", "as a config can hold it"
 
 
 def test_help_begins_with_our_settings_fits_80_columns_and_leaves_lightnings_to_help_all():
@@ -70,7 +71,8 @@ def test_help_begins_with_our_settings_fits_80_columns_and_leaves_lightnings_to_
     assert sections == ["usage", "model", "data", "sampling", "scoring", "clipping"]
     names = re.findall(r"^  (\w+)=", text, re.MULTILINE)
     assert {"ratio", "learning_rate", "prompts_per_step", "group_size", "max_norm"} <= set(names)
-    assert not {"gate", "max_epochs", "save_top_k", "tokenizer"} & set(names)
+    assert not {"gate", "max_epochs", "save_top_k"} & set(names)
+    assert "tokenizer=" not in text.partition("data: ")[2], "the model's own"
     assert all(name in text for name in module_names())
     lines = text.splitlines()
     assert "  micro_batch_tokens=8192       Most padded tokens in one forward pass" in lines
