@@ -270,7 +270,8 @@ def test_a_reward_model_is_trained_exported_and_serves_as_a_reward(grao, quickst
     Path("reward.yaml").write_text(yaml.safe_dump(REWARD))
     status, text, errors = grao("fit", "--config", "reward.yaml")
     assert status == 0, errors
-    assert "step 4/4 | loss " in text and "| accuracy " in text
+    assert re.search(r"^step +1/4 +loss .* accuracy ", text, re.M)
+    assert re.search(r"^val +4/4 +accuracy ", text, re.M)
     for row in ("accuracy %", "by length alone %", "calibration error %", "confidence %"):
         assert f"\n{row} " in text
     folder = Path("runs/version_0")
