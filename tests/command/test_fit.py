@@ -283,7 +283,7 @@ def test_a_reward_model_is_trained_exported_and_serves_as_a_reward(grao, quickst
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     tags = EventAccumulator(str(folder)).Reload().Tags()
-    expected = {"train/loss", "val/accuracy", "val/accuracy_low", "val/length_correlation"}
+    expected = {"train/loss", "val/accuracy", "val_bounds/accuracy_low", "val/length_correlation"}
     assert expected <= set(tags["scalars"]) and "val/reliability/text_summary" in tags["tensors"]
 
     arguments = ("--ckpt_path", "saved/last.ckpt", "--output", "my-reward")
