@@ -22,12 +22,12 @@ _OF_STEP = (
 )
 # What it shows of a validation, without ``val/``; the first has its interval.
 _OF_VALIDATION = (
-    *("ras", "nag", "accuracy", "loss", "rewards/accuracies", "margin", "rewards/margins"),
-    *("length", "distinct", "reward"),
+    *("ras", "nag", "length", "distinct", "accuracy", "loss", "rewards/accuracies"),
+    *("margin", "rewards/margins", "reward"),
 )
 
-# So many figures of a validation come before the interval of its first.
-_MUST_BE_SEEN = 4
+# The figures of a validation that come before the interval of its first.
+_MUST_BE_SEEN = ("ras", "nag", "length", "distinct", "accuracy", "loss")
 
 #: Longest line: a terminal of 80 columns wraps what fills it.
 WIDTH = 79
@@ -179,7 +179,8 @@ def validation_line(step: int, max_steps: int, estimates: Mapping[str, Estimate]
     for name in names[:1]:  # its interval, unless that takes the room of what must be seen
         _, low, high = map(VALIDATION[name].shown, estimates[name])
         line = _fitting([head, f"{parts[0]} [{low}, {high}]", *parts[1:]], WIDTH)
-        if all(part in line for part in parts[:_MUST_BE_SEEN]):
+        shown = dict(zip(names, parts, strict=True))
+        if all(part in line for name, part in shown.items() if name in _MUST_BE_SEEN):
             return line
     return _fitting([head, *parts], WIDTH)
 

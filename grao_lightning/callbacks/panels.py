@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard.summary import hparams
 
 from grao_lightning.batch import PromptBatch
@@ -20,12 +21,16 @@ from grao_lightning.display.vocabulary import VALIDATION
 from grao_lightning.metrics.pairs import ReliabilityBin
 from grao_lightning.randomness import run_seed
 
-# What is charted of validation, by tag without its ``val/``: with its interval, or beside others.
+# What is charted of validation with its interval, by tag without its ``val/``.
 _WITH_INTERVAL = (
     *("ras", "nag", "reward", "length", "cut_off", "accuracy", "loss", "margin"),
     *("rewards/accuracies", "rewards/margins"),
 )
-_WITH_OTHERS = {"distinct": ["val/distinct", "val/base_distinct"]}
+# The columns that the table of hyper-parameters shows unless the user chooses others.
+_FIRST_SETTINGS = (
+    *("method", "model.learning_rate", "data.prompts_per_step"),
+    *("sampling.group_size", "sampling.temperature"),
+)
 # What training on groups has whatever the method; lengths say what a reward was earned by.
 _OF_GROUPS = {
     "reward": ["train/reward$", "train/reference_answer/reward"],
@@ -63,8 +68,10 @@ class TensorBoardPanels(Callback):
             writer.add_custom_scalars(layout(pl_module))
             figure, _ = pl_module.validation_monitor
             # The table reads the figure's own curve: a value of ours would be a point in it.
-            *start, self._end = hparams(run_settings(trainer, pl_module), {figure: math.nan})
-            for part in start:
+            settings = run_settings(trainer, pl_module)
+            experiment, start, self._end = hparams(settings, {figure: math.nan})
+            _put_first(experiment, _FIRST_SETTINGS)
+            for part in (experiment, start):
                 writer.file_writer.add_summary(part)
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
@@ -127,15 +134,14 @@ def layout(pl_module: Any) -> dict[str, dict[str, list[Any]]]:
         if name in names:
             ends = [f"val_bounds/{name}_{end}" for end in ("low", "high")]
             validation[VALIDATION[name].label] = ["Margin", [f"val/{name}", *ends]]
-    for name, tags in _WITH_OTHERS.items():
-        if name in names:
-            validation[VALIDATION[name].label] = ["Multiline", [f"{tag}$" for tag in tags]]
-    common = _OF_GROUPS if pl_module.trains_on_groups else {}
-    own = {**pl_module.charts, **common}
+    own = {**pl_module.charts, **(_OF_GROUPS if pl_module.trains_on_groups else {})}
+    if "distinct" in names:
+        own["distinct"] = ["val/distinct", "val/reference_answer_distinct"]
     method = type(pl_module).__name__.removesuffix("Module")
     return {
-        f"{method}: validation": validation,
-        f"{method}: training": {title: ["Multiline", tags] for title, tags in own.items()},
+        # TensorBoard shows charts that have intervals from the last to the first.
+        "validation": dict(reversed(validation.items())),
+        method: {title: ["Multiline", tags] for title, tags in own.items()},
     }
 
 
@@ -201,6 +207,15 @@ def reliability_table(curve: Sequence[ReliabilityBin]) -> str:
         right, low, high = (f"{figure:.1%}" for figure in part.accuracy)
         lines.append(f"| {part.confidence:.1%} | {right} | {low} to {high} | {part.number} |")
     return "\n".join(lines)
+
+
+def _put_first(experiment: Any, names: Sequence[str]) -> None:
+    """Mark settings in TensorBoard's record of an experiment: it sorts by this, then by name."""
+    metadata = experiment.value[0].metadata.plugin_data
+    content = HParamsPluginData.FromString(metadata.content)
+    for info in content.experiment.hparam_infos:
+        info.differs = info.name in names
+    metadata.content = content.SerializeToString()
 
 
 def _parts(trainer: Trainer, pl_module: Any) -> list[tuple[str, Any]]:

@@ -129,7 +129,7 @@ class StepModule(NamedSettings, LightningModule):
         self.num_sampled_tokens = 0
         self.estimates: dict[str, Estimate] = {}
         self.step_values: dict[str, float] = {}
-        #: Whether the untrained base, which validation measures, is what training starts from.
+        #: Whether the untrained base, which validation measures, is the start of its curves.
         self._base_is_start = False
         self._packed: Tensor | None = None
 
@@ -327,15 +327,15 @@ class StepModule(NamedSettings, LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log every figure, and its interval under a group of its own."""
         self.estimates = self.validation_figures()
-        self.log_validation(self._tagged(self.estimates))
         if self._base_is_start and self.trainer.global_step > 0:
             start = {
                 name.removeprefix("base_"): estimate
                 for name, estimate in self.estimates.items()
                 if name.startswith("base_")
             }
-            self._write(self._tagged(start), 0)
-            self._base_is_start = False  # one point is enough
+            self._write(self._tagged(start), 0)  # curves are drawn in the order of writing
+            self._base_is_start = False  # one point is enough, also of a run that goes on
+        self.log_validation(self._tagged(self.estimates))
 
     def log_validation(self, values: dict[str, float]) -> None:
         """Log figures that are the same on all ranks, at the number of steps taken.
@@ -375,7 +375,8 @@ class StepModule(NamedSettings, LightningModule):
     # -- checkpoints -------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what export needs beside the weights, and how prompts were read."""
+        """Keep what export needs beside the weights, how prompts were read, what was drawn."""
+        checkpoint["base_is_start"] = self._base_is_start
         if self._packed is None:
             try:
                 self._packed = packed_source(self.trained_model, self.tokenizer)
@@ -396,6 +397,7 @@ class StepModule(NamedSettings, LightningModule):
         Raises:
             UserError: A run that goes on would read them otherwise.
         """
+        self._base_is_start = self._base_is_start and checkpoint.get("base_is_start", True)
         data = self._data()
         if "chat_template" not in checkpoint or not hasattr(data, "template_in_use"):
             return

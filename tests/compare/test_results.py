@@ -18,7 +18,10 @@ def write(tmp_path):
     def written(name: str, seed: int, outcomes: list[float], base: float | None = 0.25):
         folder = tmp_path / f"{name}-{seed}"
         with SummaryWriter(str(folder)) as writer:
-            writer.add_scalar("val/ras", 0.5, 9)
+            if base is not None:
+                writer.add_scalar("val/ras", base, 0)
+            writer.add_scalar("val/ras", 0.5, 10)
+            writer.add_scalar("train/num_tokens", 70.0, 9)  # sampled before the tenth update
         summary = {
             "seed": seed,
             "ties_as": "loss",
@@ -61,6 +64,7 @@ def test_a_method_without_an_untrained_base_has_figures_and_a_curve_that_starts_
     with_base = figures_of([write("A", 0, [1, -1])], {})
     without = figures_of([write("B", 0, [1, -1], base=None)], {})
     assert with_base.curve["steps"] == [0, 10] and with_base.curve["ras"][0] == 0.25
+    assert with_base.curve["tokens"] == [0, 70]
     assert without.curve["steps"] == [10] and without.ras.value == 0.5
     assert math.isnan(without.base_ras) and math.isnan(without.nag.value)
 
