@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 from grao_lightning.batch import TokenIds
 from grao_lightning.language_model.attention import flash, merge, under_autocast
 from grao_lightning.language_model.head import head_of
+from grao_lightning.language_model.trial import decoder_of
 from grao_lightning.sampling.draw import Draw, Ended, Progress
 
 # Moving the survivors' caches together costs a copy, so it waits until it frees a quarter of them.
@@ -206,7 +207,7 @@ def _decode(model: Any, groups: _Groups, tokens: Tensor, position: int) -> Tenso
 
 
 def _states(model: Any, groups: _Groups, ids: Tensor, positions: Tensor) -> Tensor:
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     output = decoder(
         input_ids=ids,
         position_ids=positions,

@@ -140,7 +140,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("phi3", {}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {}),
-    "seed_oss": ("seed_oss", {"attention_dropout": 0.0}),
+    "seed_oss": ("seed_oss", {"attention_dropout": 0.0, "residual_dropout": 0.0}),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0]}),
     "stablelm": ("stablelm", {}),
     "starcoder2": ("starcoder2", {"sliding_window": None}),
@@ -158,7 +158,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "jetmoe": ("jetmoe", {"num_attention_heads": _ITS_OWN, "kv_channels": 8}),
     "mixtral": ("mixtral", {}),
     "olmoe": ("olmoe", {}),
-    "phimoe": ("phimoe", {}),
+    "phimoe": ("phimoe", {"router_jitter_noise": 0.0, "input_jitter_noise": 0.0}),
     "qwen2_moe": ("qwen2_moe", {}),
     "qwen3_moe": ("qwen3_moe", {}),
     # windows, caps, chunks
