@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grao_lightning.language_model.trial import agree, all_agree, at_rest, decoder_of
+from grao_lightning.language_model.trial import all_agree, at_rest, decoder_of
 
 log = logging.getLogger(__name__)
 
@@ -317,9 +317,8 @@ def _try_head(model: Any) -> tuple[str | None, tuple[float, float | None]]:
                 return f"{learned} takes part", (1.0, None)
             for shape in _shapes(model.config.get_text_config()):
                 head = Head(*_projection(model), *shape)
-                if all_agree(head.logits(drawn[0].to(own.dtype)), replaced, model.dtype) and agree(
-                    head.logits(own[0]), expected, model.dtype
-                ):
+                pairs = [(drawn[0].to(own.dtype), replaced), (own[0], expected)]
+                if all(all_agree(head.logits(at), logits, own.dtype) for at, logits in pairs):
                     return None, shape
     except Exception as error:  # models fail in many ways
         return f"{type(error).__name__}: {str(error)[:100]}", (1.0, None)

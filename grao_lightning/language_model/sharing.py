@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ def _padding_fault(model: Any, read: Read) -> str | None:
         with at_rest(model):
             rows = trial_rows(model)
             alone = answer_states(model, rows, "one by one", read)
-            if agree(answer_states(model, rows, "padded", read), alone, model.dtype):
+            if agree(answer_states(model, rows, "padded", read), alone, rows, model.dtype):
                 return None
     except Exception as error:
         return f"it takes no padded ones ({_told(error)})"
@@ -133,6 +134,7 @@ def _try_on(model: Any) -> str | None:
     """Switch on our attention and return None, or put the model's own back and return why."""
     rows, read = trial_rows(model), decoder_reader(decoder_of(model))
     own = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
+    model_own = model.config._attn_implementation
     implementations = [(config, config._attn_implementation) for config in own.values()]
     with at_rest(model):
         alone = answer_states(model, rows, "one by one", read)
@@ -140,10 +142,15 @@ def _try_on(model: Any) -> str | None:
         reason: str | None = None
         try:
             model.set_attn_implementation(SHARED)
-            reason = _fault(model, read, rows, alone)
+            if not shares_prompts(model):
+                reason = "its family has an attention that cannot be exchanged"
+            else:
+                reason = _fault(model, read, rows, alone)
         except Exception as error:
             reason = f"it takes no attention of ours ({_told(error)})"
         if reason is not None:
+            with suppress(Exception):  # configurations of parts that no module holds
+                model.set_attn_implementation(model_own)
             for config, implementation in implementations:
                 config._attn_implementation_internal = implementation
     return reason
@@ -154,7 +161,7 @@ def _fault(model: Any, read: Read, rows: list[TokenRow], alone: Tensor) -> str |
     with watched() as calls:
         together = answer_states(model, rows, "packed", read)
     reason = _handed_wrongly(model, calls)
-    if reason is None and not agree(together, alone, model.dtype):
+    if reason is None and not agree(together, alone, rows, model.dtype):
         reason = "its states differ from those of single rows"
     return reason or _narrows_or_drops(model, read, calls)
 

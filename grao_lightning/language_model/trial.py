@@ -1,7 +1,7 @@
 """What trials of a model need: rows that show a fault, rest, and when two results agree."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -65,21 +65,26 @@ def trial_rows(model: Any) -> list[TokenRow]:
     return [TokenRow(prompt, ids(12)), TokenRow(ids(3), ids(8)), TokenRow(prompt, ids(6))]
 
 
-def agree(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
-    """Return whether states [K, H] are the same but for rounding.
+def agree(found: Tensor, expected: Tensor, rows: Sequence[TokenRow], dtype: torch.dtype) -> bool:
+    """Return whether the states [K, H] of rows' answers are the same but for rounding.
 
-    In half precision rounding is told from a fault by how far most states are off: single ones may
-    be far off where two experts of a mixture were nearly even.
+    In half precision rounding is told from a fault by how far most states of each row are off:
+    single ones may be far off where two experts of a mixture were nearly even. Measured in
+    bfloat16: 0.012 in two layers, 0.024 in the 30 of SmolLM2, and 0.2 to 0.6 where the rows of a
+    pack see each other.
 
     Args:
         found: As they were computed.
         expected: As they should be.
+        rows: R rows.
         dtype: In which the model computes.
     """
     distance, size = _distances(found, expected)
     if dtype in (torch.float32, torch.float64):
         return bool((distance <= 1e-3 * size).all())
-    return bool(distance.median() <= 0.05 * size.median())
+    lengths = [len(row.answer_ids) for row in rows]
+    parts = zip(distance.split(lengths), size.split(lengths), strict=True)
+    return all(bool(off.median() <= 0.08 * whole.median()) for off, whole in parts)
 
 
 def all_agree(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:

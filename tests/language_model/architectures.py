@@ -66,14 +66,6 @@ _ENCODER_DECODER: dict[str, Any] = {
     "is_encoder_decoder": False,
     "dropout": 0.0,
 }
-_MAMBA: dict[str, Any] = {
-    "mamba_n_heads": 8,
-    "mamba_d_head": 8,
-    "mamba_d_state": 8,
-    "mamba_n_groups": 1,
-    "mamba_chunk_size": 16,
-    "mamba_expand": 2,
-}
 _GPT2: dict[str, Any] = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
 _BERT: dict[str, Any] = {
     "is_decoder": True,
@@ -206,12 +198,11 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 _OTHERS = """
-afmoe apertus1p5_text aria_text bailing_hybrid beam blenderbot-small cohere2_moe cpmant ctrl cwm
-deepseek_v4 doge exaone exaone_moe falcon_h1 flex_olmo flint gpt-sw3 gpt_neox_japanese
-granite_swa granitemoe_swa granitemoeshared hy_v3 hy_v4 hyperclovax inkling_text internlm3
-iquestcoder jais2 kolibri1 laguna lara_mini lfm3 mellum mimo_v2_flash minimax_m2
-minimax_m3_vl_text ministral ministral3 modernbert-decoder nemotron_h olmo_hybrid openai-gpt
-qwen3_5_moe_text qwen3_5_text qwen4_exp_text sarvam_mla sarvam_moe solar_open trocr
+afmoe apertus1p5_text aria_text bailing_hybrid beam cohere2_moe cpmant ctrl cwm deepseek_v4 doge
+exaone exaone_moe flex_olmo flint granite_swa granitemoe_swa granitemoeshared hy_v3 hy_v4
+hyperclovax inkling_text internlm3 iquestcoder jais2 kolibri1 laguna lara_mini lfm3 mellum
+mimo_v2_flash minimax_m2 minimax_m3_vl_text ministral ministral3 modernbert-decoder olmo_hybrid
+qwen3_5_moe_text qwen3_5_text qwen4_exp_text sarvam_mla sarvam_moe solar_open
 """
 _ENCODERS = """
 bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert roberta
@@ -221,6 +212,9 @@ roberta-prelayernorm roformer xlm-roberta xlm-roberta-xl
 FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
     **{kind: (kind, {}) for kind in _OTHERS.split()},
     **{kind: (kind, _BERT) for kind in _ENCODERS.split()},
+    **{kind: (kind, _GPT2) for kind in ("gpt-sw3", "openai-gpt")},
+    **{kind: (kind, {"dropout": 0.0}) for kind in ("blenderbot-small", "trocr")},
+    "gpt_neox_japanese": ("gpt_neox_japanese", {"attention_dropout": 0.0, "hidden_dropout": 0.0}),
 }
 
 
