@@ -271,7 +271,8 @@ def _not_plain(model: Any) -> str | None:
     ours = isinstance(projection, nn.Linear) and type(projection).forward is nn.Linear.forward
     hooked = projection._forward_hooks or projection._forward_pre_hooks
     if not ours or hooked or "forward" in vars(projection):
-        return f"its last module is a {type(projection).__name__}, no plain Linear"
+        kind = f"{type(projection).__module__}.{type(projection).__qualname__}"
+        return f"its last module is a {kind}" + (" with hooks" if ours else ", no plain Linear")
     return None
 
 

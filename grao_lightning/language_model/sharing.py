@@ -44,7 +44,9 @@ def share_prompts(model: Any, *, gives_tokens: bool = True) -> bool:
             for the caller to know.
     """
     if shares_prompts(model):
-        return True
+        if not gives_tokens or head_obstacle(model) is None:
+            return True
+        model.set_attn_implementation("sdpa")
     silence_router_losses(model)
     try:
         reason = _obstacle(model)

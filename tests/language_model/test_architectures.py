@@ -28,7 +28,7 @@ REFUSED = {
     "bloom": _EXCHANGED,
     "cohere2": _WINDOWS,
     "deepseek_v32, full layers": "its attention takes indices, which ours does not",
-    "dory": "unknown way (its last module is a DoryLMHead, no plain Linear)",
+    "dory": "modeling_dory.DoryLMHead, no plain Linear)",
     "exaone4": _WINDOWS,
     "falcon": _EXCHANGED,
     "falcon_mamba": "it has layers of linear_attention",
