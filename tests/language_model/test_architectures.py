@@ -181,3 +181,12 @@ def test_logprobs_and_gradients_are_those_of_single_rows(name, caplog):
         model.train().gradient_checkpointing_enable({"use_reentrant": False})
         token_logprobs(model, ROWS, weigh=weigh).loss.backward()
         assert_near(model, gradients)
+
+
+def test_the_page_of_architectures_is_what_its_command_writes():
+    from tests.language_model.architectures_page import PAGE, page
+
+    def table(text: str) -> list[str]:
+        return [line for line in text.splitlines() if line.startswith("|")]
+
+    assert table(PAGE.read_text()) == table(page())
