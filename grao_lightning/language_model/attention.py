@@ -9,16 +9,53 @@ branch by itself) with the flash kernel, and parts are merged by their log-sum-e
 Elsewhere one mask does the same, see `masked`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from grao_lightning.language_model import masked
 from grao_lightning.language_model.packing import Pack, Segment
 
 SHARED = "grao_shared_prompt"
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a model's layer handed to our attention, for a trial to look at.
+
+    Attributes:
+        module: The layer's attention.
+        mask: Of which our layouts read nothing.
+        narrow: Whether the mask was made for a window or a chunk.
+        options: Keywords, the layout left out.
+        layout: None where the layer did not hand it on.
+    """
+
+    module: Any
+    mask: Any
+    narrow: bool
+    options: dict[str, Any]
+    layout: "Layout | None"
+
+
+class _Watch:
+    """The calls of our attention while a trial is on."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self.narrow_masks: list[Any] = []
+
+    def note(self, module: Any, mask: Any, options: dict[str, Any], layout: Any) -> None:
+        narrow = any(mask is one for one in self.narrow_masks)
+        self.calls.append(Call(module, mask, narrow, options, layout))
+
+
+_watches: list[_Watch] = []
 
 
 class Layout(Protocol):
@@ -39,18 +76,51 @@ def register() -> None:
         return
 
     def attention(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
     ) -> Any:
         layout: Layout | None = options.pop("shared_prompts", None)
+        for watch in _watches:
+            watch.note(module, attention_mask, options, layout)
         if layout is None:
-            return sdpa_attention_forward(module, query, key, value, mask, **options)
+            return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         scale = options.get("scaling") or query.shape[-1] ** -0.5
         query, key, value = (under_autocast(part) for part in (query, key, value))
-        output = layout.attend(module.layer_idx, query, key, value, scale)
+        depth = value.shape[-1]
+        if depth < query.shape[-1]:  # latent attention; the kernels know one size
+            value = F.pad(value, (0, query.shape[-1] - depth))
+        output = layout.attend(module.layer_idx, query, key, value, scale)[..., :depth]
         return output.transpose(1, 2).contiguous(), None
 
+    own_mask = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+
+    def mask(*arguments: Any, **options: Any) -> Any:
+        if not _watches or not _is_narrow(options["mask_function"]):
+            return own_mask(*arguments, **options)
+        # A mask of its own, by which the layers that get it are known.
+        made = own_mask(*arguments, **{**options, "allow_is_causal_skip": False})
+        for watch in _watches:
+            watch.narrow_masks.append(made)
+        return made
+
     ALL_ATTENTION_FUNCTIONS.register(SHARED, attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(SHARED, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    ALL_MASK_ATTENTION_FUNCTIONS.register(SHARED, mask)
+
+
+@contextmanager
+def watched() -> Iterator[list[Call]]:
+    """Collect the calls of our attention."""
+    watch = _Watch()
+    _watches.append(watch)
+    try:
+        yield watch.calls
+    finally:
+        _watches.remove(watch)
+
+
+def _is_narrow(mask_function: Callable[..., Any]) -> bool:
+    """Return whether a token of a text does not see the first one, however far away."""
+    first, far = torch.tensor(0), torch.tensor(10**8)
+    return not bool(mask_function(first, first, far, first))
 
 
 class TreeLayout:

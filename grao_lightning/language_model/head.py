@@ -4,13 +4,16 @@ Shapes: K tokens, H hidden, V vocabulary. Logits exist for one chunk of tokens a
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from grao_lightning.language_model.trial import all_agree, at_rest, decoder_of
 
 log = logging.getLogger(__name__)
 
@@ -53,18 +56,34 @@ class Head:
 def head_of(model: Any) -> Head | None:
     """Return the head of a Hugging Face causal language model, None if it cannot be told.
 
-    Checked once a model by comparing with the model's own forward pass, since a family may scale,
-    cap or transform its logits in ways this file does not know.
+    It must plainly be a linear map of the model's own: a family may scale, cap or transform its
+    logits in ways this file does not know, and an adapter may sit on it. Whether it is one is
+    looked at every time; what the model makes of its logits is tried once a kind of model.
     """
-    if not hasattr(model, "_grao_head_is_exact"):
-        model._grao_head_is_exact = _head_is_exact(model)
-        if not model._grao_head_is_exact:
+    return None if head_obstacle(model) else Head(*_projection(model), *model._grao_head.shape)
+
+
+def head_obstacle(model: Any) -> str | None:
+    """Return why a model's head cannot be told, None if it can."""
+    reason = _not_plain(model)
+    kind = (type(model), getattr(model.forward, "__func__", model.forward), reason)
+    tried: _Tried | None = getattr(model, "_grao_head", None)
+    if tried is None or tried.kind != kind:
+        scale, cap = 1.0, None
+        if reason is None:
+            reason, (scale, cap) = _try_head(model)
+        tried = model._grao_head = _Tried(kind, reason, (scale, cap))
+        if reason is not None:
             log.warning(
-                "%s turns states into logits in an unknown way: logits of the whole vocabulary are "
-                "kept for every position; lower micro_batch_tokens if memory runs out",
+                "%s turns states into logits in an unknown way (%s): logits of the whole "
+                "vocabulary are kept for every position; lower micro_batch_tokens if memory runs "
+                "out",
                 type(model).__name__,
+                reason,
             )
-    return _configured_head(model) if model._grao_head_is_exact else None
+    if tried.reason is None:
+        return None
+    return f"it turns states into logits in an unknown way ({tried.reason})"
 
 
 def head_loss(
@@ -221,27 +240,128 @@ def _compute_dtype(states: Tensor) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def _configured_head(model: Any) -> Head:
-    projection, config = model.get_output_embeddings(), model.config.get_text_config()
-    return Head(
-        weight=projection.weight,
-        bias=getattr(projection, "bias", None),
-        scale=1.0 / getattr(config, "logits_scaling", 1.0),
-        cap=getattr(config, "final_logit_softcapping", None),
-    )
+@dataclass(frozen=True)
+class _Tried:
+    """What a trial of a head found.
+
+    Attributes:
+        kind: What the result holds for.
+        reason: Why the head cannot be told.
+        shape: Scale and cap of its logits.
+    """
+
+    kind: tuple[Any, ...]
+    reason: str | None
+    shape: tuple[float, float | None]
 
 
-@torch.no_grad()
-def _head_is_exact(model: Any) -> bool:
-    ids = torch.arange(4, device=next(model.parameters()).device)[None]
-    was_training = model.training
-    model.eval()
+def _projection(model: Any) -> tuple[Tensor, Tensor | None]:
+    projection = model.get_output_embeddings()
+    return projection.weight, projection.bias
+
+
+def _not_plain(model: Any) -> str | None:
+    """Return why the last module is no linear map of a weight and a bias, None if it is."""
     try:
-        expected = model(input_ids=ids, use_cache=False).logits
-        states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-        found = _configured_head(model).logits(states)
-        return torch.allclose(found, expected, rtol=1e-3, atol=1e-3)
-    except (AttributeError, TypeError, RuntimeError):
-        return False
+        projection = model.get_output_embeddings()
+    except Exception as error:
+        return type(error).__name__
+    if projection is None:
+        return "it has no output embeddings"
+    ours = isinstance(projection, nn.Linear) and type(projection).forward is nn.Linear.forward
+    hooked = projection._forward_hooks or projection._forward_pre_hooks
+    if not ours or hooked or "forward" in vars(projection):
+        kind = f"{type(projection).__module__}.{type(projection).__qualname__}"
+        return f"its last module is a {kind}" + (" with hooks" if ours else ", no plain Linear")
+    return None
+
+
+def _shapes(config: Any) -> list[tuple[float, float | None]]:
+    """Return what the logits' scale and cap may be by the names that families give them."""
+    scales = {1.0: None}
+    for name in ("logit_scale", "lm_head_multiplier", "logits_scaling"):
+        value = getattr(config, name, None)
+        if isinstance(value, int | float) and value:
+            scales[value] = scales[1 / value] = None
+    if getattr(config, "dim_model_base", None):  # MiniCPM
+        scales[config.dim_model_base / config.hidden_size] = None
+    caps: dict[float | None, None] = {None: None}
+    for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"):
+        value = getattr(config, name, None)
+        if isinstance(value, int | float) and value:
+            caps[value] = None
+    return [(scale, cap) for scale in scales for cap in caps]
+
+
+def _try_head(model: Any) -> tuple[str | None, tuple[float, float | None]]:
+    """Return why a model's logits cannot be told, and else their scale and cap.
+
+    The decoder's states are replaced by random ones, small and large, which show a scale and a cap
+    that a model's own states may not yet reach.
+    """
+    try:
+        with at_rest(model):
+            ids = torch.arange(4, device=next(model.parameters()).device)[None]
+            ids = ids % model.get_input_embeddings().weight.shape[0]
+            decoder = decoder_of(model)
+            own = decoder(input_ids=ids, use_cache=False).last_hidden_state
+            sizes = torch.tensor([0.01, 1.0, 10.0, 100.0], device=own.device)[:, None]
+            generator = torch.Generator().manual_seed(0)
+            drawn = torch.randn(own.shape, generator=generator).to(own.device) * sizes
+            with _replaced(decoder, drawn.to(own.dtype)) as states:
+                replaced = model(input_ids=ids, use_cache=False).logits[0]
+                learned = _learned_outside(model, decoder, ids)
+            expected = model(input_ids=ids, use_cache=False).logits[0]
+            if len(states) != 2:
+                return "it does not call its decoder once", (1.0, None)
+            if learned:
+                return f"{learned} takes part", (1.0, None)
+            for shape in _shapes(model.config.get_text_config()):
+                head = Head(*_projection(model), *shape)
+                pairs = [(drawn[0].to(own.dtype), replaced), (own[0], expected)]
+                if all(all_agree(head.logits(at), logits, own.dtype) for at, logits in pairs):
+                    return None, shape
+    except Exception as error:  # models fail in many ways
+        return f"{type(error).__name__}: {str(error)[:100]}", (1.0, None)
+    return "they are no product of states and weight", (1.0, None)
+
+
+@contextmanager
+def _replaced(decoder: Any, states: Tensor) -> Iterator[list[Any]]:
+    """Make a decoder give these states, and count how often it does."""
+    given: list[Any] = []
+
+    def replace(module: Any, inputs: Any, output: Any) -> Any:
+        given.append(states)
+        if isinstance(output, tuple):
+            return (states, *output[1:])
+        output.last_hidden_state = states
+        return output
+
+    hook = decoder.register_forward_hook(replace)
+    try:
+        yield given
     finally:
-        model.train(was_training)
+        hook.remove()
+
+
+def _learned_outside(model: Any, decoder: Any, ids: Tensor) -> str | None:
+    """Return a parameter between the decoder's states and the logits, besides weight and bias.
+
+    It may be without effect now, and have one once it is trained or loaded.
+    """
+    inside = {id(part) for part in [*decoder.parameters(), *_projection(model)]}
+    outside = {name: p for name, p in model.named_parameters() if id(p) not in inside}
+    frozen = [part for part in outside.values() if not part.requires_grad]
+    for part in frozen:
+        part.requires_grad_(True)
+    try:
+        with torch.enable_grad():
+            total = model(input_ids=ids, use_cache=False).logits.sum()
+        if not outside or not total.requires_grad:
+            return None
+        gradients = torch.autograd.grad(total, list(outside.values()), allow_unused=True)
+        return next((n for n, g in zip(outside, gradients, strict=True) if g is not None), None)
+    finally:
+        for part in frozen:
+            part.requires_grad_(False)

@@ -1,10 +1,8 @@
 """Token log-probabilities of rows under a causal language model.
 
-Where the model allows it (`sharing.share_prompts`) the rows of one prompt are packed behind a
-single copy of it. Elsewhere rows are padded on the right, which needs no attention mask: a causal
-model never looks there. Either way only positions that predict an answer token reach the
-vocabulary, a chunk at a time. Shapes: R rows, K answer tokens of all rows together, V vocabulary,
-H hidden.
+Rows are packed behind one copy of their prompt where the model shares prompts, else padded, see
+`states`. Only positions that predict an answer token reach the vocabulary, a chunk at a time.
+Shapes: R rows, K answer tokens of all rows together, V vocabulary, H hidden.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,10 +13,16 @@ import torch
 from torch import Tensor
 
 from grao_lightning.batch import TokenRow
-from grao_lightning.language_model.attention import TreeLayout
 from grao_lightning.language_model.head import Weigh, head_loss, head_of
-from grao_lightning.language_model.packing import pack_rows, riders, split_into_packs
-from grao_lightning.language_model.sharing import shares_prompts
+from grao_lightning.language_model.packing import riders, split_into_packs
+from grao_lightning.language_model.sharing import padding_is_exact, shares_prompts
+from grao_lightning.language_model.states import (
+    Way,
+    answer_states,
+    decoder_reader,
+    logits_reader,
+)
+from grao_lightning.language_model.trial import decoder_of
 
 
 @dataclass(frozen=True)
@@ -83,10 +87,14 @@ def token_logprobs(
     row = torch.arange(len(rows), device=device).repeat_interleave(lengths)
     targets = torch.tensor([token for row in rows for token in row.answer_ids], device=device)
     head = head_of(model)
+    read = logits_reader(model) if head is None else decoder_reader(decoder_of(model))
+    way: Way = "packed" if _packs(model) else "padded"
+    if way == "padded" and not padding_is_exact(model, read):
+        way = "one by one"
+    states = answer_states(model, rows, way, read)
     if head is None:
-        loss, flat, entropy = _full_loss(_padded(model, rows), targets, temperature, weigh)
+        loss, flat, entropy = _full_loss(states, targets, temperature, weigh)
         return TokenLogprobs(loss, flat, entropy, row, lengths, None)
-    states = _packed_states(model, rows) if shares_prompts(model) else _padded(model, rows)
     if weigh is not None and weigh_rows:
         _, flat, _ = head_loss(states.detach(), head, targets, temperature, None)
         weights = weigh(slice(0, len(targets)), flat)
@@ -145,7 +153,7 @@ def split_together(
         units: Numbers of the rows that belong together, such as the two of a pair.
         budget: Most tokens of a micro-batch; a larger unit stands alone.
     """
-    size = _packed_size if shares_prompts(model) else _padded_size
+    size = _packed_size if _packs(model) else _padded_size
     micro_batches: list[list[int]] = []
     for unit in units:
         joined = [*micro_batches[-1], *unit] if micro_batches else []
@@ -173,7 +181,7 @@ def split_by_tokens(
     Returns:
         Those without gradients first.
     """
-    packed = shares_prompts(model)
+    packed = _packs(model)
     split = split_into_packs if packed else split_padded
     carried = riders(rows, needs_gradient) if packed else set()
     with_gradient = [n for n in range(len(rows)) if needs_gradient[n] or n in carried]
@@ -199,6 +207,10 @@ def split_padded(rows: Sequence[TokenRow], numbers: Sequence[int], budget: int) 
     return micro_batches
 
 
+def _packs(model: Any) -> bool:
+    return shares_prompts(model) and head_of(model) is not None
+
+
 def _packed_size(rows: Sequence[TokenRow]) -> int:
     prompts = {tuple(row.prompt_ids) for row in rows}
     return sum(map(len, prompts)) + sum(len(row.answer_ids) - 1 for row in rows)
@@ -211,42 +223,6 @@ def _padded_size(rows: Sequence[TokenRow]) -> int:
 def at_least_float32(values: Tensor) -> Tensor:
     """Return values in float32, or in float64 if that is what they are."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-def _packed_states(model: Any, rows: Sequence[TokenRow]) -> Tensor:
-    """Return the states [K, H] that predict the answer tokens, every prompt read once."""
-    device = next(model.parameters()).device
-    pack = pack_rows(rows)
-    output = model.get_decoder()(
-        input_ids=pack.ids[None].to(device),
-        position_ids=pack.positions[None].to(device),
-        # Four dimensions: handed through as it is, and never read by the layout.
-        attention_mask=torch.ones(1, 1, 1, 1, device=device),
-        use_cache=False,
-        shared_prompts=TreeLayout(pack),
-    )
-    states: Tensor = output.last_hidden_state[0, pack.sources.to(device)]
-    return states
-
-
-def _padded(model: Any, rows: Sequence[TokenRow]) -> Tensor:
-    """Return the states [K, H] (or, for an unknown head, logits [K, V]) from padded rows."""
-    device = next(model.parameters()).device
-    width = max(len(row) for row in rows)
-    ids = torch.tensor([row.prompt_ids + row.answer_ids + [0] * (width - len(row)) for row in rows])
-    # The token at position t is predicted from position t - 1.
-    sources = [
-        number * width + position - 1
-        for number, row in enumerate(rows)
-        for position in range(len(row.prompt_ids), len(row))
-    ]
-    if head_of(model) is None:
-        states = model(input_ids=ids.to(device), use_cache=False).logits
-    else:
-        decoder = model.get_decoder()
-        states = decoder(input_ids=ids.to(device), use_cache=False).last_hidden_state
-    wanted: Tensor = states.flatten(0, 1)[torch.tensor(sources, device=device)]
-    return wanted
 
 
 def _full_loss(

@@ -89,8 +89,15 @@ class Pack:
         return segment, branch.repeat_interleave(sizes)
 
 
-def pack_rows(rows: Sequence[TokenRow]) -> Pack:
-    """Return the pack of rows, those with equal prompts behind one copy of it."""
+def pack_rows(rows: Sequence[TokenRow], *, longest_whole: bool = False) -> Pack:
+    """Return the pack of rows, those with equal prompts behind one copy of it.
+
+    Args:
+        rows: Prompts with their answers.
+        longest_whole: Whether the longest row keeps its last token, so that a model that goes by
+            the longest text of a pass sees how long it is.
+    """
+    whole = max(range(len(rows)), key=lambda number: len(rows[number])) if longest_whole else None
     by_prompt: dict[tuple[int, ...], list[int]] = {}
     for number, row in enumerate(rows):
         by_prompt.setdefault(tuple(row.prompt_ids), []).append(number)
@@ -102,12 +109,14 @@ def pack_rows(rows: Sequence[TokenRow]) -> Pack:
         start, length = len(ids), len(prompt)
         ids += prompt
         positions += range(length)
+        lengths = []
         for number in numbers:
-            branch = rows[number].answer_ids[:-1]
-            sources[number] = [start + length - 1, *range(len(ids), len(ids) + len(branch))]
+            answer = rows[number].answer_ids
+            branch = answer if number == whole else answer[:-1]
+            sources[number] = [start + length - 1, *range(len(ids), len(ids) + len(answer) - 1)]
             ids += branch
             positions += range(length, length + len(branch))
-        lengths = [len(rows[number].answer_ids) - 1 for number in numbers]
+            lengths.append(len(branch))
         segments.append(Segment(start, length, tuple(n for n in lengths if n)))
     row_lengths = torch.tensor([len(row.answer_ids) for row in rows])
     return Pack(

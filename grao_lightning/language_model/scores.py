@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from grao_lightning.batch import TokenRow
-from grao_lightning.language_model.attention import TreeLayout
 from grao_lightning.language_model.logprobs import at_least_float32, split_padded
-from grao_lightning.language_model.packing import pack_rows, split_into_packs
+from grao_lightning.language_model.packing import split_into_packs
 from grao_lightning.language_model.sharing import shares_prompts
+from grao_lightning.language_model.states import Way, answer_states, decoder_reader
 
 Reading = Literal["last token", "masked", "one by one"]
 
@@ -37,10 +37,7 @@ def row_scores(model: Any, rows: Sequence[TokenRow]) -> Tensor:
     """
     reading = reading_of(model)
     if reading == "last token":
-        states = (
-            _packed_states(model, rows) if shares_prompts(model) else _padded_states(model, rows)
-        )
-        return at_least_float32(model.score(states))
+        return at_least_float32(model.score(_last_states(model, rows)))
     if reading == "masked":
         return at_least_float32(model(**_masked_inputs(model, rows)).logits)
     return torch.cat([_alone(model, row) for row in rows])
@@ -116,31 +113,13 @@ def most_tokens(model: Any) -> int | None:
     return int(positions) - (0 if offset is None else offset + 1)
 
 
-def _packed_states(model: Any, rows: Sequence[TokenRow]) -> Tensor:
-    """Return the state [R, H] of each row's last token, every prompt read once."""
-    device = next(model.parameters()).device
-    pack = pack_rows(with_room(rows))
-    output = model.base_model(
-        input_ids=pack.ids[None].to(device),
-        position_ids=pack.positions[None].to(device),
-        attention_mask=torch.ones(1, 1, 1, 1, device=device),  # handed through, never read
-        use_cache=False,
-        shared_prompts=TreeLayout(pack),
-    )
-    last = pack.sources[pack.lengths.cumsum(0) - 1]
-    states: Tensor = output.last_hidden_state[0, last.to(device)]
-    return states
-
-
-def _padded_states(model: Any, rows: Sequence[TokenRow]) -> Tensor:
-    """Return the state [R, H] of each row's last token, rows padded on the right."""
-    device = next(model.parameters()).device
-    width = max(map(len, rows))
-    ids = [row.prompt_ids + row.answer_ids + [0] * (width - len(row)) for row in rows]
-    output = model.base_model(input_ids=torch.tensor(ids, device=device), use_cache=False)
-    last = torch.tensor([len(row) - 1 for row in rows], device=device)
-    states: Tensor = output.last_hidden_state[torch.arange(len(rows), device=device), last]
-    return states
+def _last_states(model: Any, rows: Sequence[TokenRow]) -> Tensor:
+    """Return the state [R, H] of each row's last token."""
+    way: Way = "packed" if shares_prompts(model) else "padded"
+    read = decoder_reader(model.base_model)
+    states = answer_states(model, with_room(rows), way, read, last_is_read=False)
+    ends = torch.tensor([len(row.answer_ids) + 1 for row in rows], device=states.device).cumsum(0)
+    return states[ends - 1]
 
 
 def _masked_inputs(model: Any, rows: Sequence[TokenRow]) -> dict[str, Tensor]:

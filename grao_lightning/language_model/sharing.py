@@ -1,16 +1,29 @@
 """Whether a model can read a prompt once for all that follows it, and switching that on."""
 
 import logging
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from grao_lightning.batch import TokenRow
-from grao_lightning.language_model.attention import SHARED, TreeLayout, register
-from grao_lightning.language_model.head import head_of
-from grao_lightning.language_model.packing import pack_rows
+from grao_lightning.language_model.attention import SHARED, Call, register, watched
+from grao_lightning.language_model.head import head_obstacle
+from grao_lightning.language_model.states import Read, answer_states, decoder_reader
+from grao_lightning.language_model.trial import agree, at_rest, decoder_of, trial_rows
 
 log = logging.getLogger(__name__)
+
+#: What a layer may hand to its attention besides query, key, value and mask: all of it is either
+#: heeded (scaling), the same for every layout, or looked at below.
+_KNOWN_OPTIONS = {
+    "dropout", "scaling", "sliding_window", "is_causal", "position_ids", "output_attentions",
+    "use_cache", "cache_position", "output_hidden_states", "output_router_logits", "return_dict",
+}  # fmt: skip
+_DROPOUT = re.compile("att.*drop|drop.*att")
 
 
 def shares_prompts(model: Any) -> bool:
@@ -18,30 +31,68 @@ def shares_prompts(model: Any) -> bool:
     return bool(getattr(model.config, "_attn_implementation", None) == SHARED)
 
 
+def may_share(model: Any) -> bool:
+    """Return whether `share_prompts` was asked for a model, whatever its trial said."""
+    return bool(getattr(model, "_grao_may_share", False))
+
+
+@contextmanager
+def our_attention(model: Any) -> Iterator[None]:
+    """Switch on ``SHARED`` for a while."""
+    if shares_prompts(model):
+        yield
+        return
+    before = _implementations(model)
+    register()
+    try:
+        model.set_attn_implementation(SHARED)
+        if not shares_prompts(model):
+            raise RuntimeError("its family has an attention that cannot be exchanged")
+        yield
+    finally:
+        _put_back(model, before)
+
+
+@contextmanager
+def own_attention(model: Any) -> Iterator[None]:
+    """Give a model for a while the attention that it had before `share_prompts`."""
+    if not shares_prompts(model):
+        yield
+        return
+    before = _implementations(model)
+    _put_back(model, model._grao_own_attention)
+    try:
+        yield
+    finally:
+        _put_back(model, before)
+
+
 def share_prompts(model: Any, *, gives_tokens: bool = True) -> bool:
     """Switch on shared prompts where the model's attention allows it, and return whether it did.
 
-    What the configuration does not tell is found by trial: a small pack must give the states of
-    its rows one by one. A model that fails keeps its own attention, and the log says why.
+    What the configuration does not tell is found by trial: a small pack must give the states that
+    the untouched model gives its rows one by one. A model that fails, in whatever way, keeps its
+    own attention, and the log says why.
 
     Args:
         model: A Hugging Face model with a decoder.
         gives_tokens: Whether it is a language model, whose head must be known; else the head is
             for the caller to know.
     """
-    reason = _obstacle(model)
-    if reason is None and gives_tokens and head_of(model) is None:
-        reason = "it turns states into logits in an unknown way"
-    if reason is None:
-        own = model.config._attn_implementation
-        register()
-        try:
-            model.set_attn_implementation(SHARED)
-            reason = None if _agrees(model) else "its states differ from those of single rows"
-        except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-            reason = f"it takes no attention of ours ({error})"
-        if reason is not None:
-            model.set_attn_implementation(own)
+    if shares_prompts(model):
+        if not gives_tokens or head_obstacle(model) is None:
+            return True
+        _put_back(model, model._grao_own_attention)
+    model._grao_may_share = True
+    silence_router_losses(model)
+    try:
+        reason = obstacle(model) or _dropout(model)
+        if reason is None and gives_tokens:
+            reason = head_obstacle(model)
+        if reason is None:
+            reason = _try_on(model)
+    except Exception as error:  # models fail in many ways
+        reason = _told(error)
     if reason is not None:
         log.warning(
             "%s cannot share prompts, since %s: every answer reads its own copy, which is "
@@ -52,45 +103,167 @@ def share_prompts(model: Any, *, gives_tokens: bool = True) -> bool:
     return reason is None
 
 
-def _obstacle(model: Any) -> str | None:
+def padding_is_exact(model: Any, read: Read) -> bool:
+    """Return whether rows padded on the right are read as by themselves, found by trial once.
+
+    Args:
+        model: A Hugging Face causal language model.
+        read: Its forward pass.
+    """
+    if getattr(model, "_grao_padding", (None, False))[0] is not type(model):
+        fault = _padding_fault(model, read)
+        model._grao_padding = (type(model), fault is None)
+        if fault is not None:
+            log.warning("%s reads rows one by one, since %s", type(model).__name__, fault)
+    return bool(model._grao_padding[1])
+
+
+def _padding_fault(model: Any, read: Read) -> str | None:
+    if getattr(model.config.get_text_config(), "index_topk", None):
+        return "it selects keys, and ties among them fall otherwise in padded rows"
+    try:
+        with at_rest(model):
+            rows = trial_rows(model)
+            alone = answer_states(model, rows, "one by one", read)
+            if agree(answer_states(model, rows, "padded", read), alone, rows, model.dtype):
+                return None
+    except Exception as error:
+        return f"it takes no padded ones ({_told(error)})"
+    return "padded ones have other states, or it looks ahead"
+
+
+def silence_router_losses(model: Any) -> None:
+    """Leave out the routers' auxiliary loss, which no objective here has, and say so."""
+    config = model.config.get_text_config()
+    if getattr(config, "output_router_logits", False):
+        config.output_router_logits = False
+        log.warning(
+            "%s: output_router_logits is switched off: the auxiliary loss that balances its "
+            "experts is no part of any objective here",
+            type(model).__name__,
+        )
+
+
+def obstacle(model: Any) -> str | None:
+    """Return what a model's configuration says that our attention does not heed."""
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
         return f"it has layers of {', '.join(sorted(kinds))}"
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        return "it attends in a sliding window"
+    if getattr(config, "layer_types", None) is None and getattr(config, "sliding_window", None):
+        return f"it attends in a sliding window (sliding_window={config.sliding_window})"
     if getattr(config, "attn_logit_softcapping", None):
         return "it caps its attention scores"
-    if getattr(config, "attention_dropout", 0.0):
-        return "it drops out attention"
     if model.config._attn_implementation not in ("sdpa", "eager"):
         return f"attn_implementation={model.config._attn_implementation} was asked for"
     return None
 
 
-@torch.no_grad()
-def _agrees(model: Any) -> bool:
-    """Return whether a pack gives the states that its rows give by themselves."""
+def _dropout(model: Any) -> str | None:
+    for name, value in _numbers(model.config.get_text_config().to_dict()):
+        if _DROPOUT.search(name) and value > 0:
+            return f"it drops out attention ({name}={value}; 0 switches that off)"
+    return None
+
+
+def _numbers(settings: dict[str, Any]) -> Iterable[tuple[str, float]]:
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _numbers(value)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield name, value
+
+
+def _try_on(model: Any) -> str | None:
+    """Switch on our attention and return None, or put the model's own back and return why."""
+    rows, read = trial_rows(model), decoder_reader(decoder_of(model))
+    own = model._grao_own_attention = _implementations(model)
+    with at_rest(model):
+        alone = answer_states(model, rows, "one by one", read)
+        register()
+        reason: str | None = None
+        try:
+            model.set_attn_implementation(SHARED)
+            if not shares_prompts(model):
+                reason = "its family has an attention that cannot be exchanged"
+            else:
+                reason = _fault(model, read, rows, alone)
+        except Exception as error:
+            reason = f"it takes no attention of ours ({_told(error)})"
+        if reason is not None:
+            _put_back(model, own)
+    return reason
+
+
+def _implementations(model: Any) -> list[tuple[Any, Any]]:
+    """Return every configuration within a model and the attention it names."""
+    configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
+    return [(config, config._attn_implementation) for config in configs.values()]
+
+
+def _put_back(model: Any, implementations: list[tuple[Any, Any]]) -> None:
+    own = next(name for config, name in implementations if config is model.config)
+    with suppress(Exception):  # configurations of parts that no module holds
+        model.set_attn_implementation(own)
+    for config, implementation in implementations:
+        config._attn_implementation_internal = implementation
+
+
+def _fault(model: Any, read: Read, rows: list[TokenRow], alone: Tensor) -> str | None:
+    """Return what is wrong with the states that our attention gives a pack of rows."""
+    with watched() as calls:
+        together = answer_states(model, rows, "packed", read)
+    reason = handed_wrongly(model, calls)
+    if reason is None and not agree(together, alone, rows, model.dtype):
+        reason = "its states differ from those of single rows"
+    return reason or _narrows_or_drops(model, read, calls)
+
+
+def handed_wrongly(model: Any, calls: list[Call]) -> str | None:
+    """Return what layers do that our attention, as they call it, does not heed."""
+    asking = {id(call.module) for call in calls}
+    kinds = {type(call.module) for call in calls}
+    silent = [m for m in model.modules() if type(m) in kinds and id(m) not in asking]
+    num_layers = model.config.get_text_config().num_hidden_layers  # some are run several times
+    if silent or len(calls) < num_layers:
+        return f"not all of its {num_layers} layers ask our attention"
+    for call in calls:
+        if call.layout is None:
+            return "its layers do not hand on who shares what"
+        if call.mask is not None and call.mask.numel() != 1:
+            return "its layers attend by a mask of their own"
+        for name, value in call.options.items():
+            if name not in _KNOWN_OPTIONS and value is not None and value is not False:
+                return f"its attention takes {name}, which ours does not"
+    return None
+
+
+def narrows(model: Any) -> bool:
+    """Return whether layers attend in a window of any size, by a pass through our attention."""
     device = next(model.parameters()).device
-    rows = [TokenRow([1, 2, 3], [4, 5, 6]), TokenRow([1, 2, 3], [7, 8]), TokenRow([9], [1, 2])]
-    was_training = model.training
-    model.eval()
-    try:
-        pack, decoder = pack_rows(rows), model.get_decoder()
-        together = decoder(
-            input_ids=pack.ids[None].to(device),
-            position_ids=pack.positions[None].to(device),
-            attention_mask=torch.ones(1, 1, 1, 1, device=device),
-            use_cache=False,
-            shared_prompts=TreeLayout(pack),
-        ).last_hidden_state[0, pack.sources.to(device)]
-        alone = [
-            decoder(
-                input_ids=torch.tensor([row.prompt_ids + row.answer_ids], device=device),
-                use_cache=False,
-            ).last_hidden_state[0, len(row.prompt_ids) - 1 : -1]
-            for row in rows
-        ]
-        return torch.allclose(together, torch.cat(alone), rtol=1e-3, atol=1e-3)
-    finally:
-        model.train(was_training)
+    ids = torch.arange(4, device=device)[None] % model.get_input_embeddings().weight.shape[0]
+    with at_rest(model), watched() as calls:
+        decoder_of(model)(input_ids=ids, use_cache=False)
+    return any(call.narrow or call.options.get("sliding_window") for call in calls)
+
+
+def _narrows_or_drops(model: Any, read: Read, calls: list[Call]) -> str | None:
+    """Return whether layers attend in a window of any size, or drop out in training."""
+    modules = {id(call.module): call.module for call in calls}.values()
+    device = next(model.parameters()).device
+    ids = torch.arange(4, device=device)[None] % model.get_input_embeddings().weight.shape[0]
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), watched() as calls:
+        for module in modules:
+            module.training = True  # and nothing around or inside it
+        read(ids)
+    for call in calls:
+        if call.narrow or call.options.get("sliding_window"):
+            return "it attends in a sliding window"
+        if call.options.get("dropout"):
+            return f"it drops out attention ({call.options['dropout']})"
+    return None
+
+
+def _told(error: Exception) -> str:
+    first = (str(error).strip() or "no message").splitlines()[0]
+    return f"{type(error).__name__}: {first}"

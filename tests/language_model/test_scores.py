@@ -112,6 +112,20 @@ def test_packed_rows_have_the_scores_and_gradients_of_padded_ones():
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("shared", [False, True], ids=["padded", "packed"])
+def test_scores_beside_longer_rows_are_those_of_the_row_alone_where_length_sets_frequencies(shared):
+    """Dynamic NTK: beyond 8 tokens every length has frequencies of its own."""
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    options = {"max_position_embeddings": 8, "rope_parameters": rope}
+    rows = [*ROWS, TokenRow([3, 4, 5], list(range(6, 26))), TokenRow([3, 4, 5], [7, 8, 9, 10, 11])]
+    model = tiny("Llama", **options)
+    assert not shared or share_prompts(model, gives_tokens=False)
+    with torch.no_grad():
+        together = row_scores(model, rows)
+        alone = [row_scores(tiny("Llama", **options), [row]) for row in rows]
+    torch.testing.assert_close(together, torch.cat(alone))
+
+
 def test_packs_of_any_size_give_the_same_scores():
     model = tiny("Llama")
     expected = scores_alone(model)
