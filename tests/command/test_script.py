@@ -15,6 +15,8 @@ import pytest
 import torch
 import yaml
 
+from grao_lightning.__main__ import main
+
 REWARDS = """
 from my_helper import WORDS
 
@@ -22,6 +24,8 @@ def kindness(completions):
     return [len(text.split()) / WORDS for text in completions]
 """
 PARTS = """
+import sys
+
 from lightning.pytorch import Callback
 from grao_lightning import GRAOModule
 
@@ -30,7 +34,8 @@ class MyGRAO(GRAOModule):
 
 class Watcher(Callback):
     def on_train_start(self, trainer, pl_module):
-        print("watched", type(pl_module).__name__, "on rank", trainer.global_rank)
+        rank = trainer.global_rank  # one write a line, as ranks write into one file
+        sys.stdout.write(f"watched {type(pl_module).__name__} on rank {rank}\n")
 """
 CONFIG = {
     "model": {"class_path": "my_parts.MyGRAO", "init_args": {"policy": "embedded:keywords"}},
@@ -230,16 +235,23 @@ def test_judge_check_finds_own_scorers_and_keeps_what_is_scored(folder, grao):
     assert scorers["kindness"]["judged"] == 4
 
 
-def test_validate_stops_at_once_and_says_so(folder, grao):
-    (folder / "slow.py").write_text(
-        "import time\n\ndef slow(completions):\n    print('scoring')\n    time.sleep(60)\n"
-    )
-    command = "grao validate --config '../my configs/mine.yaml' --scoring.judges=null"
-    rewards = """--scoring.rewards='[{"function": "slow.slow"}]'"""
-    script = grao(f"{command} {rewards}")
-    script.until(lambda: "scoring" in script.text())
-    script.process.send_signal(signal.SIGINT)
-    assert script.ends(130).rstrip().endswith("grao: stopped by SIGINT")
+def test_validate_finds_what_the_run_found_and_stops_at_once(folder, monkeypatch, capsys):
+    """From another folder, by the config that the run left."""
+
+    def status(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["grao", *arguments])
+        return main()
+
+    monkeypatch.chdir(folder)
+    steps = ("--trainer.max_steps=1", "--trainer.limit_val_batches=0")
+    assert status("fit", "--config", "../my configs/mine.yaml", *steps) == 0
+    monkeypatch.chdir(folder.parent)
+    left = ("validate", "--config", "here/runs/version_0/config.yaml")
+    more = ("--trainer.limit_val_batches=1", "--trainer.logger=false")
+    assert status(*left, *more) == 0
+    (folder / "my_helper.py").write_text("import os\n\nos.kill(os.getpid(), 2)\n")
+    assert status(*left, *more) == 130
+    assert capsys.readouterr().err.endswith("grao: stopped by SIGINT\n")
 
 
 WAITING = """
