@@ -4,6 +4,7 @@ import sys
 from argparse import ArgumentError
 from typing import Any
 
+import lightning.pytorch
 import yaml
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -41,6 +42,7 @@ from grao_lightning.display.logs import configure_logging
 from grao_lightning.faults import Faults, UserError
 from grao_lightning.language_model.loading import checkpoint_fault
 from grao_lightning.modules.step import StepModule
+from grao_lightning.rewards.importing import own_modules_note
 
 # Imported all, so that each is known by its short name, as in `--model GRPOModule`.
 for _name in module_names():
@@ -78,6 +80,11 @@ class GRAOCommandLine(LightningCLI):
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """Return the one command that runs, since a parser takes a while to make."""
         return {self._command: LightningCLI.subcommands()[self._command]}
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Make a parser whose saved config says where the user's own modules lie."""
+        header = [f"lightning.pytorch=={lightning.pytorch.__version__}", own_modules_note()]
+        return super().init_parser(**kwargs, dump_header=header)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and tell what is wrong in one sentence instead of a screenful of usage."""

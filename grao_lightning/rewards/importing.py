@@ -9,7 +9,9 @@ import difflib
 import hashlib
 import importlib
 import importlib.util
+import itertools
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -23,6 +25,7 @@ from grao_lightning.faults import UserError
 log = logging.getLogger(__name__)
 
 _PACKAGE = __name__.partition(".")[0]
+_NOTE = "own modules: "
 _folders: list[Path] = []  # of own modules, in the order in which they are searched
 
 
@@ -44,8 +47,15 @@ def find_own_modules(arguments: Sequence[str]) -> None:
     if sys.path and sys.path[0] in ("", str(here)):  # `python -m` puts it before all others
         del sys.path[0]
     _search(here)
-    for file in config_files(arguments):
-        _search(Path(file).expanduser().resolve().parent)
+    for file in map(Path, config_files(arguments)):
+        _search(file.expanduser().resolve().parent)
+        for folder in _noted(file.expanduser()):
+            _search(folder)
+
+
+def own_modules_note() -> str:
+    """Return a line for the config that a run leaves, so that it finds its modules from there."""
+    return f"{_NOTE}{os.pathsep.join(map(str, _own_folders()))}"
 
 
 @contextmanager
@@ -225,6 +235,17 @@ def _failure(path: str, error: BaseException) -> UserError:
 
 
 # -- where things lie ------------------------------------------------------------------------------
+
+
+def _noted(config: Path) -> list[Path]:
+    """Return the folders that a config names, as `own_modules_note` has written them."""
+    try:
+        with config.open() as lines:
+            head = list(itertools.islice(lines, 3))
+    except (OSError, UnicodeDecodeError):  # which the parser tells
+        return []
+    noted = [line.strip().partition(_NOTE)[2] for line in head if line.startswith(f"# {_NOTE}")]
+    return [Path(folder) for line in noted for folder in line.split(os.pathsep)]
 
 
 def _search(folder: Path) -> None:

@@ -12,7 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+
+from grao_lightning.__main__ import main
 
 REWARDS = """
 from my_helper import WORDS
@@ -21,6 +24,8 @@ def kindness(completions):
     return [len(text.split()) / WORDS for text in completions]
 """
 PARTS = """
+import sys
+
 from lightning.pytorch import Callback
 from grao_lightning import GRAOModule
 
@@ -29,7 +34,8 @@ class MyGRAO(GRAOModule):
 
 class Watcher(Callback):
     def on_train_start(self, trainer, pl_module):
-        print("watched", type(pl_module).__name__, "on rank", trainer.global_rank)
+        rank = trainer.global_rank  # one write a line, as ranks write into one file
+        sys.stdout.write(f"watched {type(pl_module).__name__} on rank {rank}\n")
 """
 CONFIG = {
     "model": {"class_path": "my_parts.MyGRAO", "init_args": {"policy": "embedded:keywords"}},
@@ -46,7 +52,7 @@ CONFIG = {
         "callbacks": [{"class_path": "my_parts.Watcher"}],
     },
 }
-STEP = re.compile(r"^step +[1-9]", re.MULTILINE)
+STEP = re.compile(r"^step +([1-9][0-9]*)/", re.MULTILINE)
 
 
 @pytest.fixture
@@ -106,9 +112,35 @@ class Script:
         text = self.text()
         assert found == status, text[-3000:]
         assert "Traceback" not in text
-        with pytest.raises(ProcessLookupError):  # of the whole group
-            os.killpg(self.process.pid, 0)
+        latest = time.monotonic() + 5
+        while self.lives() and time.monotonic() < latest:
+            time.sleep(0.05)
+        assert not self.lives()
         return text
+
+    def lives(self) -> bool:
+        """Return whether a process of the group is left."""
+        try:
+            os.killpg(self.process.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
+
+
+@pytest.fixture
+def grao(folder, repository):
+    """Return a function: command -> a `Script`; what is left of them is killed."""
+    started: list[Script] = []
+
+    def start(command: str) -> Script:
+        started.append(Script(repository, folder, command))
+        return started[-1]
+
+    yield start
+    for script in started:
+        if script.lives():
+            os.killpg(script.process.pid, signal.SIGKILL)
+        script.process.wait()
 
 
 def advice(text: str) -> str:
@@ -118,9 +150,9 @@ def advice(text: str) -> str:
     return command.strip()
 
 
-def test_fit_finds_own_parts_and_the_command_that_is_printed_goes_on(folder, repository):
+def test_fit_finds_own_parts_and_the_command_that_is_printed_goes_on(folder, grao):
     begun = "grao fit --config '../my configs/mine.yaml' --ckpt_path=null"
-    script = Script(repository, folder, begun)
+    script = grao(begun)
     script.until(lambda: STEP.search(script.text()))
     script.process.send_signal(signal.SIGINT)
     text = script.ends(130)
@@ -128,21 +160,17 @@ def test_fit_finds_own_parts_and_the_command_that_is_printed_goes_on(folder, rep
     command = advice(text)
     last = "runs/version_0/checkpoints/last.ckpt"
     assert command == f"grao fit --config '../my configs/mine.yaml' --ckpt_path {last}"
-    assert (folder / last).exists()
-    steps = len(STEP.findall(text))
-    resumed = Script(repository, folder, f"{command} --trainer.max_steps {steps + 1}")
-    text = resumed.ends(0)
-    assert len(STEP.findall(text)) == 1
+    steps = torch.load(folder / last, weights_only=True)["global_step"]
+    assert steps > 0
+    resumed = grao(f"{command} --trainer.max_steps {steps + 1}")
+    assert re.findall(STEP, resumed.ends(0)) == [str(steps + 1)]
     summary = json.loads((folder / "runs/version_1/summary.json").read_text())
     assert summary["steps"] == steps + 1
 
 
-def test_two_ranks_find_own_parts_and_stop_together(folder, repository):
-    script = Script(
-        repository,
-        folder,
-        "grao fit --config '../my configs/mine.yaml' --trainer.devices 2 --trainer.strategy ddp",
-    )
+def test_two_ranks_find_own_parts_and_stop_together(folder, grao):
+    ranks = "--trainer.devices 2 --trainer.strategy ddp"
+    script = grao(f"grao fit --config '../my configs/mine.yaml' {ranks}")
     script.until(lambda: STEP.search(script.text()))
     script.process.send_signal(signal.SIGTERM)  # to the first rank alone
     text = script.ends(143)
@@ -152,37 +180,41 @@ def test_two_ranks_find_own_parts_and_stop_together(folder, repository):
     assert command[-2] == "--ckpt_path" and (folder / command[-1]).exists()
 
 
-def test_compare_finds_own_parts_and_stops_with_all_its_runs(folder, repository):
+def test_compare_finds_own_parts_and_stops_with_all_its_runs(folder, grao):
     plan = {
         "output": "compared",
         "jobs": 2,
-        "seeds": [0, 1, 2],
+        "seeds": [0, 1],
         "cases": {"own": {"trainer.max_steps": 2}},
         "methods": {
             "short": {"config": "../my configs/mine.yaml"},
             "long": {
                 "config": "../my configs/mine.yaml",
-                "settings": {"trainer.max_steps": 100000, "trainer.val_check_interval": 100000},
+                "settings": {
+                    "trainer.max_steps": 100000,
+                    "trainer.val_check_interval": 100000,
+                    "last_checkpoint.every_n_train_steps": 5,
+                },
             },
         },
     }
-    (folder / "plan.yaml").write_text(yaml.safe_dump(plan))
-    script = Script(repository, folder, "grao compare --config plan.yaml --jobs=1")
+    (folder / "plan.yaml").write_text(yaml.safe_dump(plan, sort_keys=False))
+    script = grao("grao compare --config plan.yaml --jobs=1")
     runs = folder / "compared" / "runs"
-    script.until(
-        lambda: [log for log in runs.glob("long*/log.txt") if STEP.search(log.read_text())]
-    )
+    script.until(lambda: list(runs.glob("long*/checkpoints/last.ckpt")))
     started = time.monotonic()
     script.process.send_signal(signal.SIGINT)
     text = script.ends(130)
     assert time.monotonic() - started < 8
     assert advice(text) == "grao compare --config plan.yaml --jobs=1"
-    assert len(list(runs.glob("short*/finished.json"))) == 3
+    assert len(list(runs.glob("short*/finished.json"))) == 2
     assert not list(runs.glob("long*/finished.json"))
-    assert len(list(runs.glob("long*/checkpoints/last.ckpt"))) == 1
+    (log,) = runs.glob("long*/log.txt")
+    assert "grao: stopping at the end of this step" in log.read_text()
+    assert (log.parent / "checkpoints/last.ckpt").exists()
 
 
-def test_judge_check_finds_own_scorers_and_keeps_what_is_scored(folder, repository):
+def test_judge_check_finds_own_scorers_and_keeps_what_is_scored(folder, grao):
     (folder / "slow.py").write_text(
         "import time\n\ndef slow(completions):\n    print('scoring')\n    time.sleep(60)\n"
     )
@@ -193,7 +225,7 @@ def test_judge_check_finds_own_scorers_and_keeps_what_is_scored(folder, reposito
     }
     (folder.parent / "my configs" / "check.yaml").write_text(yaml.safe_dump(config))
     command = "grao judge-check --config '../my configs/check.yaml'"
-    script = Script(repository, folder, command)
+    script = grao(command)
     script.until(lambda: "scoring" in script.text())
     script.process.send_signal(signal.SIGTERM)
     text = script.ends(143)
@@ -203,16 +235,23 @@ def test_judge_check_finds_own_scorers_and_keeps_what_is_scored(folder, reposito
     assert scorers["kindness"]["judged"] == 4
 
 
-def test_validate_stops_at_once_and_says_so(folder, repository):
-    (folder / "slow.py").write_text(
-        "import time\n\ndef slow(completions):\n    print('scoring')\n    time.sleep(60)\n"
-    )
-    command = "grao validate --config '../my configs/mine.yaml' --scoring.judges=null"
-    rewards = """--scoring.rewards='[{"function": "slow.slow"}]'"""
-    script = Script(repository, folder, f"{command} {rewards}")
-    script.until(lambda: "scoring" in script.text())
-    script.process.send_signal(signal.SIGINT)
-    assert script.ends(130).rstrip().endswith("grao: stopped by SIGINT")
+def test_validate_finds_what_the_run_found_and_stops_at_once(folder, monkeypatch, capsys):
+    """From another folder, by the config that the run left."""
+
+    def status(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["grao", *arguments])
+        return main()
+
+    monkeypatch.chdir(folder)
+    steps = ("--trainer.max_steps=1", "--trainer.limit_val_batches=0")
+    assert status("fit", "--config", "../my configs/mine.yaml", *steps) == 0
+    monkeypatch.chdir(folder.parent)
+    left = ("validate", "--config", "here/runs/version_0/config.yaml")
+    more = ("--trainer.limit_val_batches=1", "--trainer.logger=false")
+    assert status(*left, *more) == 0
+    (folder / "my_helper.py").write_text("import os\n\nos.kill(os.getpid(), 2)\n")
+    assert status(*left, *more) == 130
+    assert capsys.readouterr().err.endswith("grao: stopped by SIGINT\n")
 
 
 WAITING = """
