@@ -115,7 +115,7 @@ def test_quoted_texts_show_what_cannot_be_seen_and_lose_nothing():
 
 
 def test_other_ranks_say_nothing(data, caplog, monkeypatch):
-    module = PromptDataModule()
+    module = PromptDataModule(tokenizer="embedded:keywords")
     module.trainer = SimpleNamespace(global_rank=1, lightning_module=None)
     module.setup("validate")
     assert "prompts are read" not in caplog.text
