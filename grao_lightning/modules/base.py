@@ -26,7 +26,11 @@ from grao_lightning.language_model.logprobs import (
     split_by_tokens,
     token_logprobs,
 )
-from grao_lightning.language_model.sharing import share_prompts, shares_prompts
+from grao_lightning.language_model.sharing import (
+    share_prompts,
+    shares_prompts,
+    silence_router_losses,
+)
 from grao_lightning.metrics.outcomes import GainKind, TiesAs
 from grao_lightning.modules.step import Mode, StepModule, StepSettings
 from grao_lightning.modules.validation import MetricSet, ValidationMetrics
@@ -186,6 +190,7 @@ class AlignmentModule(StepModule):
             model = source
             if asked or shares_prompts(model):  # as an earlier module left it
                 model.set_attn_implementation(asked or "sdpa")
+        silence_router_losses(model)
         # An attention that was asked for stays: sharing prompts would replace it.
         if self.share_prompts and asked is None:
             share_prompts(model)
