@@ -86,8 +86,8 @@ def register() -> None:
         scale = options.get("scaling") or query.shape[-1] ** -0.5
         query, key, value = (under_autocast(part) for part in (query, key, value))
         depth = value.shape[-1]
-        # Latent attention has values narrower than its keys; the kernels know one size.
-        value = F.pad(value, (0, max(0, query.shape[-1] - depth)))
+        if depth < query.shape[-1]:  # latent attention; the kernels know one size
+            value = F.pad(value, (0, query.shape[-1] - depth))
         output = layout.attend(module.layer_idx, query, key, value, scale)[..., :depth]
         return output.transpose(1, 2).contiguous(), None
 

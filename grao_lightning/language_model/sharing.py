@@ -2,8 +2,8 @@
 
 import logging
 import re
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -31,6 +31,42 @@ def shares_prompts(model: Any) -> bool:
     return bool(getattr(model.config, "_attn_implementation", None) == SHARED)
 
 
+def may_share(model: Any) -> bool:
+    """Return whether `share_prompts` was asked for a model, whatever its trial said."""
+    return bool(getattr(model, "_grao_may_share", False))
+
+
+@contextmanager
+def our_attention(model: Any) -> Iterator[None]:
+    """Switch on ``SHARED`` for a while."""
+    if shares_prompts(model):
+        yield
+        return
+    before = _implementations(model)
+    register()
+    try:
+        model.set_attn_implementation(SHARED)
+        if not shares_prompts(model):
+            raise RuntimeError("its family has an attention that cannot be exchanged")
+        yield
+    finally:
+        _put_back(model, before)
+
+
+@contextmanager
+def own_attention(model: Any) -> Iterator[None]:
+    """Give a model for a while the attention that it had before `share_prompts`."""
+    if not shares_prompts(model):
+        yield
+        return
+    before = _implementations(model)
+    _put_back(model, model._grao_own_attention)
+    try:
+        yield
+    finally:
+        _put_back(model, before)
+
+
 def share_prompts(model: Any, *, gives_tokens: bool = True) -> bool:
     """Switch on shared prompts where the model's attention allows it, and return whether it did.
 
@@ -46,10 +82,11 @@ def share_prompts(model: Any, *, gives_tokens: bool = True) -> bool:
     if shares_prompts(model):
         if not gives_tokens or head_obstacle(model) is None:
             return True
-        model.set_attn_implementation("sdpa")
+        _put_back(model, model._grao_own_attention)
+    model._grao_may_share = True
     silence_router_losses(model)
     try:
-        reason = _obstacle(model)
+        reason = obstacle(model) or _dropout(model)
         if reason is None and gives_tokens:
             reason = head_obstacle(model)
         if reason is None:
@@ -107,20 +144,25 @@ def silence_router_losses(model: Any) -> None:
         )
 
 
-def _obstacle(model: Any) -> str | None:
+def obstacle(model: Any) -> str | None:
+    """Return what a model's configuration says that our attention does not heed."""
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
         return f"it has layers of {', '.join(sorted(kinds))}"
     if getattr(config, "layer_types", None) is None and getattr(config, "sliding_window", None):
         return f"it attends in a sliding window (sliding_window={config.sliding_window})"
-    for name, value in _numbers(config.to_dict()):
-        if _DROPOUT.search(name) and value > 0:
-            return f"it drops out attention ({name}={value}; 0 switches that off)"
     if getattr(config, "attn_logit_softcapping", None):
         return "it caps its attention scores"
     if model.config._attn_implementation not in ("sdpa", "eager"):
         return f"attn_implementation={model.config._attn_implementation} was asked for"
+    return None
+
+
+def _dropout(model: Any) -> str | None:
+    for name, value in _numbers(model.config.get_text_config().to_dict()):
+        if _DROPOUT.search(name) and value > 0:
+            return f"it drops out attention ({name}={value}; 0 switches that off)"
     return None
 
 
@@ -135,9 +177,7 @@ def _numbers(settings: dict[str, Any]) -> Iterable[tuple[str, float]]:
 def _try_on(model: Any) -> str | None:
     """Switch on our attention and return None, or put the model's own back and return why."""
     rows, read = trial_rows(model), decoder_reader(decoder_of(model))
-    own = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
-    model_own = model.config._attn_implementation
-    implementations = [(config, config._attn_implementation) for config in own.values()]
+    own = model._grao_own_attention = _implementations(model)
     with at_rest(model):
         alone = answer_states(model, rows, "one by one", read)
         register()
@@ -151,24 +191,35 @@ def _try_on(model: Any) -> str | None:
         except Exception as error:
             reason = f"it takes no attention of ours ({_told(error)})"
         if reason is not None:
-            with suppress(Exception):  # configurations of parts that no module holds
-                model.set_attn_implementation(model_own)
-            for config, implementation in implementations:
-                config._attn_implementation_internal = implementation
+            _put_back(model, own)
     return reason
+
+
+def _implementations(model: Any) -> list[tuple[Any, Any]]:
+    """Return every configuration within a model and the attention it names."""
+    configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
+    return [(config, config._attn_implementation) for config in configs.values()]
+
+
+def _put_back(model: Any, implementations: list[tuple[Any, Any]]) -> None:
+    own = next(name for config, name in implementations if config is model.config)
+    with suppress(Exception):  # configurations of parts that no module holds
+        model.set_attn_implementation(own)
+    for config, implementation in implementations:
+        config._attn_implementation_internal = implementation
 
 
 def _fault(model: Any, read: Read, rows: list[TokenRow], alone: Tensor) -> str | None:
     """Return what is wrong with the states that our attention gives a pack of rows."""
     with watched() as calls:
         together = answer_states(model, rows, "packed", read)
-    reason = _handed_wrongly(model, calls)
+    reason = handed_wrongly(model, calls)
     if reason is None and not agree(together, alone, rows, model.dtype):
         reason = "its states differ from those of single rows"
     return reason or _narrows_or_drops(model, read, calls)
 
 
-def _handed_wrongly(model: Any, calls: list[Call]) -> str | None:
+def handed_wrongly(model: Any, calls: list[Call]) -> str | None:
     """Return what layers do that our attention, as they call it, does not heed."""
     asking = {id(call.module) for call in calls}
     kinds = {type(call.module) for call in calls}
@@ -185,6 +236,15 @@ def _handed_wrongly(model: Any, calls: list[Call]) -> str | None:
             if name not in _KNOWN_OPTIONS and value is not None and value is not False:
                 return f"its attention takes {name}, which ours does not"
     return None
+
+
+def narrows(model: Any) -> bool:
+    """Return whether layers attend in a window of any size, by a pass through our attention."""
+    device = next(model.parameters()).device
+    ids = torch.arange(4, device=device)[None] % model.get_input_embeddings().weight.shape[0]
+    with at_rest(model), watched() as calls:
+        decoder_of(model)(input_ids=ids, use_cache=False)
+    return any(call.narrow or call.options.get("sliding_window") for call in calls)
 
 
 def _narrows_or_drops(model: Any, read: Read, calls: list[Call]) -> str | None:

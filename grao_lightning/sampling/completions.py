@@ -1,4 +1,4 @@
-"""Completions of groups: sampled on the fast path where the model allows it, else by generate."""
+"""Completions of groups: sampled in the fastest way that is exact for the model."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from grao_lightning.batch import Completions, TokenIds
-from grao_lightning.language_model.sharing import shares_prompts
-from grao_lightning.sampling.draw import Progress, SamplingSettings, draw_tokens
-from grao_lightning.sampling.generate import generate_rows
-from grao_lightning.sampling.shared_prompt import decode_groups
+from grao_lightning.language_model.positions import check_length, frequencies_of, most_positions
+from grao_lightning.sampling.draw import Ended, Progress, SamplingSettings, draw_tokens
+from grao_lightning.sampling.trial import attention_of, forget_rows, way_of
+from grao_lightning.sampling.ways import SAME_LENGTH, SHARED, Batch, batches
 
 
 @torch.no_grad()
@@ -38,29 +38,22 @@ def sample_completions(
             turn count as not ended.
     """
     group_size = len(uniforms[0])
-    prompts_at_once = max(1, rows_at_once // group_size)
     ended = Ending(tokenizer, settings)
-    fast = shares_prompts(model) and next(model.parameters()).device.type == "cpu"
-    decode = decode_groups if fast else generate_rows
-    ids: list[TokenIds] = []
+    ids: list[TokenIds] = [[] for _ in range(len(prompt_ids) * group_size)]
+    waiting = len(ids)
     with generation_mode(model):
-        for start in range(0, len(prompt_ids), prompts_at_once):
-            part = slice(start, start + prompts_at_once)
-            numbers = torch.cat(list(uniforms[part]))
-            waiting = len(prompt_ids[part.stop :]) * group_size
-
-            def draw(
-                rows: Tensor, position: int, logits: Tensor, numbers: Tensor = numbers
-            ) -> Tensor:
-                return draw_tokens(logits, numbers[rows, position], settings)
-
-            def report(tokens: int, running: int, waiting: int = waiting) -> None:
-                if progress is not None:
-                    progress(tokens, running + waiting)
-
-            ids += decode(
-                model, prompt_ids[part], group_size, settings.max_new_tokens, draw, ended, report
+        lengths = [len(prompt) for prompt in prompt_ids]
+        if most_positions(model) is not None:
+            check_length(model, max(lengths) + settings.max_new_tokens)
+        for batch in _batches(model, lengths, group_size, rows_at_once, settings.max_new_tokens):
+            rows = batch.rows(group_size)
+            numbers = torch.stack([uniforms[n][m] for n in batch.prompts for m in batch.members])
+            waiting -= len(rows)
+            decoded = _decode(
+                model, batch, prompt_ids, numbers, settings, ended, _counting(progress, waiting)
             )
+            for row, completion in zip(rows.tolist(), decoded, strict=True):
+                ids[row] = completion
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     return Completions(
         ids=ids,
@@ -69,6 +62,56 @@ def sample_completions(
         group_size=group_size,
         max_tokens=settings.max_new_tokens,
     )
+
+
+def _batches(
+    model: Any, lengths: list[int], group_size: int, rows_at_once: int, max_new_tokens: int
+) -> Iterator[Batch]:
+    """Yield batches in which no row changes what another is given.
+
+    A row that comes to other frequencies while it is decoded does so where ``generate`` does, which
+    may read it anew: such rows are left to it, those of one length together.
+    """
+    kinds: dict[tuple[Any, ...], list[int]] = {}
+    for number, length in enumerate(lengths):
+        first = frequencies_of(model, length)
+        stays = first == frequencies_of(model, length + max_new_tokens - 1)
+        kinds.setdefault((stays, first), []).append(number)
+    for (stays, _), numbers in kinds.items():
+        way = way_of(model, SHARED if stays else SAME_LENGTH)
+        yield from batches(way, numbers, lengths, group_size, rows_at_once)
+
+
+def _decode(
+    model: Any,
+    batch: Batch,
+    prompt_ids: Sequence[TokenIds],
+    numbers: Tensor,
+    settings: SamplingSettings,
+    ended: Ended,
+    report: Progress,
+) -> list[TokenIds]:
+    """Return the completions of a batch, drawn with the uniform numbers [rows, max_new_tokens]."""
+
+    def draw(rows: Tensor, position: int, logits: Tensor) -> Tensor:
+        return draw_tokens(logits, numbers[rows, position], settings)
+
+    prompts = [prompt_ids[number] for number in batch.prompts]
+    with attention_of(model, batch.way):
+        forget_rows(model, batch.way)
+        return batch.way.decode(
+            model, prompts, len(batch.members), settings.max_new_tokens, draw, ended, report
+        )
+
+
+def _counting(progress: Progress | None, waiting: int) -> Progress:
+    """Return the progress of some rows, while others wait for their turn."""
+
+    def report(tokens: int, running: int) -> None:
+        if progress is not None:
+            progress(tokens, running + waiting)
+
+    return report
 
 
 class Ending:

@@ -1,4 +1,7 @@
-"""Completions through Hugging Face ``generate``: the plain path, right for every causal model."""
+"""Completions through Hugging Face ``generate``: the plain path.
+
+Prompts of several lengths are padded, which some models read or count; see `ways`.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,17 +22,7 @@ def generate_rows(
     ended: Ended,
     report: Progress,
 ) -> list[TokenIds]:
-    """Return G completions of every prompt, prompt-major; every row reads its own prompt.
-
-    Args:
-        model: In evaluation mode.
-        prompts: B prompts, none of them empty.
-        group_size: G.
-        max_new_tokens: Longest completion.
-        draw: (row numbers [N], position, logits [N, V]) -> tokens [N].
-        ended: (row number, its tokens) -> whether it is over.
-        report: Told after each position; no row runs on after the last.
-    """
+    """Complete groups as a `Decoder`; every row reads its own prompt, padded on the left."""
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
     device = next(model.parameters()).device

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from grao_lightning.batch import TokenIds
-from grao_lightning.language_model.attention import flash, merge, under_autocast
+from grao_lightning.language_model.attention import flash, merge
 from grao_lightning.language_model.head import head_of
 from grao_lightning.language_model.trial import decoder_of
 from grao_lightning.sampling.draw import Draw, Ended, Progress
@@ -33,17 +33,7 @@ def decode_groups(
     ended: Ended,
     report: Progress,
 ) -> list[TokenIds]:
-    """Return G completions of every prompt, prompt-major.
-
-    Args:
-        model: In evaluation mode, with the attention implementation ``SHARED``, on CPU.
-        prompts: B prompts, none of them empty.
-        group_size: G.
-        max_new_tokens: Longest completion.
-        draw: Chooses tokens from logits.
-        ended: Tells whether a completion is over after its newest token.
-        report: Told after each position; no row runs on after the last.
-    """
+    """Complete groups as a `Decoder`, on CPU, by a model whose attention is ``SHARED``."""
     completions: list[TokenIds] = [[] for _ in range(len(prompts) * group_size)]
     groups = _Groups(prompts, group_size, max_new_tokens)
     logits = _prefill(model, groups, prompts).repeat_interleave(group_size, dim=0)
@@ -71,7 +61,10 @@ def decode_groups(
 class _Groups(Cache):
     """Keys and values of the prompts, once each, and of the completions, preallocated.
 
-    As a cache it stores what a layer gives it; as a layout it attends (see `attention.Layout`).
+    As a layout it attends (see `attention.Layout`) and keeps what it attends to: keys as they
+    arrive there, whatever a model does to them after its cache (DiffLlama splits them, JetMoE
+    repeats them, latent attention widens them). As a cache it gives back what it was given. An
+    attention is told by its turn within a pass, since a model may use one layer several times.
     """
 
     is_compileable = False
@@ -84,26 +77,34 @@ class _Groups(Cache):
         self.done = [False] * len(self.rows)
         self.owners = self.rows // group_size  # [N] prompt of each row, rising
         self._max_new_tokens = max_new_tokens
-        self._of_prompts: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> [B, H, P, D]
-        self._of_rows: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> [N, H, max_new_tokens, D]
+        self._of_prompts: list[tuple[Tensor, Tensor]] = []  # a turn: [B, H, P, D]
+        self._of_rows: list[tuple[Tensor, Tensor]] = []  # a turn: [N, H, max_new_tokens, D]
         self._position: int | None = None  # None while the prompts are read
+        self._turn = 0
         self._hide_padding: Tensor | None = None  # [B, 1, 1, P]
         self._arrange()
 
     def start_decoding(self, position: int) -> None:
         """Expect the keys and values of every row's token at ``position``."""
         self._position = position
+        self._turn = 0
+
+    def check_turns(self) -> None:
+        """Raise RuntimeError if the last pass asked more or less often than that of the prompts."""
+        if not self._turn or self._turn != len(self._of_prompts):
+            raise RuntimeError(
+                f"it asked for {self._turn} attentions a token after {len(self._of_prompts)} a "
+                "prompt"
+            )
 
     def keep(self, kept: Tensor) -> None:
         """Drop all rows but ``kept``, and prompts without rows."""
         self.rows, owners = self.rows[kept], self.owners[kept]
         prompts, self.owners = owners.unique(return_inverse=True)
-        self._of_rows = {layer: (k[kept], v[kept]) for layer, (k, v) in self._of_rows.items()}
+        self._of_rows = [(k[kept], v[kept]) for k, v in self._of_rows]
         if len(prompts) < len(self.lengths):
             self.lengths = self.lengths[prompts]
-            self._of_prompts = {
-                layer: (k[prompts], v[prompts]) for layer, (k, v) in self._of_prompts.items()
-            }
+            self._of_prompts = [(k[prompts], v[prompts]) for k, v in self._of_prompts]
         self._arrange()
 
     def row_positions(self, position: int) -> Tensor:
@@ -111,47 +112,51 @@ class _Groups(Cache):
         return (self.lengths[self.owners] + position)[:, None]
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """Store a layer's keys and values; return those that its queries attend to, prompts apart.
-
-        Args:
-            key_states: [B, H, P, D] of the prompts, then [N, H, 1, D] of one token a row.
-            value_states: As ``key_states``.
-            layer_idx: Number of the layer.
-        """
-        key_states, value_states = under_autocast(key_states), under_autocast(value_states)
-        if self._position is None:
-            self._of_prompts[layer_idx] = (key_states.contiguous(), value_states.contiguous())
-            return key_states, value_states
-        if layer_idx not in self._of_rows:
-            n, heads, _one, depth = key_states.shape
-            room = key_states.new_empty(2, n, heads, self._max_new_tokens, depth)
-            self._of_rows[layer_idx] = (room[0], room[1])
-        keys, values = self._of_rows[layer_idx]
-        end = self._position + 1
-        keys[:, :, self._position : end] = key_states
-        values[:, :, self._position : end] = value_states
-        return keys[:, :, :end], values[:, :, :end]
+        """Return what a layer gives: it is kept when it is attended to."""
+        return key_states, value_states
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Return [B, Hq, P, D] for prompts, [N, Hq, 1, D] for one token a row."""
+        """Return [B, Hq, P, D] for prompts, [N, Hq, 1, D] for one token a row.
+
+        Args:
+            layer: Number of the layer; not read.
+            query: [B, Hq, P, D] of the prompts, then [N, Hq, 1, D] of one token a row.
+            key: As ``query``, with H heads.
+            value: As ``key``.
+            scale: Of the products of queries and keys.
+        """
         heads, depth = key.shape[1], query.shape[3]
         repeats = query.shape[1] // heads
+        turn, self._turn = self._turn, self._turn + 1
         if self._position is None:
+            self._of_prompts.append((key.contiguous(), value.contiguous()))
             repeated = (part.repeat_interleave(repeats, dim=1) for part in (key, value))
             return flash(query, *repeated, causal=True, scale=scale)[0]
         asked = query.view(-1, heads, repeats, depth)
-        own = flash(asked, key, value, causal=False, scale=scale)
+        own = flash(asked, *self._of_own(turn, key, value), causal=False, scale=scale)
         # [B, H, G * repeats, D]: a group's queries side by side, on its prompt's keys.
         of_groups = self._by_group(asked)
         mask = None if self._hide_padding is None else self._hide_padding.to(query.dtype)
-        prompt_keys, prompt_values = self._of_prompts[layer]
-        shared = flash(of_groups, prompt_keys, prompt_values, causal=False, scale=scale, mask=mask)
+        shared = flash(of_groups, *self._of_prompts[turn], causal=False, scale=scale, mask=mask)
         output, _ = merge(
             own, (self._by_row(shared[0]), self._by_row(shared[1][..., None])[..., 0])
         )
         return output.reshape(query.shape)
+
+    def _of_own(self, turn: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the newest token's [N, H, 1, D]; return those of the completions so far."""
+        assert self._position is not None, "prompts are stored elsewhere"
+        if turn == len(self._of_rows):
+            n, heads, _one, depth = key.shape
+            room = key.new_empty(2, n, heads, self._max_new_tokens, depth)
+            self._of_rows.append((room[0], room[1]))
+        keys, values = self._of_rows[turn]
+        end = self._position + 1
+        keys[:, :, self._position : end] = key
+        values[:, :, self._position : end] = value
+        return keys[:, :, :end], values[:, :, :end]
 
     def get_seq_length(self, *_: Any, **__: Any) -> int:
         """Return 0: positions are always given."""
@@ -217,6 +222,7 @@ def _states(model: Any, groups: _Groups, ids: Tensor, positions: Tensor) -> Tens
         shared_prompts=groups,
         **{_cache_name(type(decoder).forward): groups},
     )
+    groups.check_turns()
     states: Tensor = output.last_hidden_state
     return states
 
@@ -229,5 +235,5 @@ def _cache_name(forward: Any) -> str:
 
 def _logits(model: Any, states: Tensor) -> Tensor:
     head = head_of(model)
-    assert head is not None, "share_prompts refuses models whose head it cannot tell"
+    assert head is not None, "the trial refuses models whose head cannot be told"
     return head.logits(states)

@@ -56,12 +56,13 @@ def test_rows_that_ended_leave_the_batch_and_so_do_prompts_without_rows(monkeypa
 
     def watched(groups, kept):
         keep(groups, kept)
-        keys = [keys for keys, _ in groups._of_prompts.values()]
-        sizes.append((len(groups.rows), len(keys[0])))
+        keys, _values = groups._of_prompts[0]
+        sizes.append((len(groups.rows), len(keys)))
 
-    monkeypatch.setattr(_Groups, "keep", watched)
     model = tiny_model("Llama", vocab_size=36)
     assert share_prompts(model)
+    sample(model, 1)  # the trial is over
+    monkeypatch.setattr(_Groups, "keep", watched)
     sample(model, 4, eos_ids=tuple(range(3, 12)))
     rows, prompts = zip(*sizes, strict=True)
     assert list(rows) == sorted(rows, reverse=True) and rows[-1] < 8
@@ -71,6 +72,7 @@ def test_rows_that_ended_leave_the_batch_and_so_do_prompts_without_rows(monkeypa
 def test_each_prompt_is_read_once_whatever_the_group_size(monkeypatch):
     model = tiny_model("Llama", vocab_size=36)
     assert share_prompts(model)
+    sample(model, 1)  # the trial is over
     seen = []
     decoder = model.get_decoder()
     original = decoder.forward
