@@ -165,7 +165,7 @@ def test_a_window_whose_family_ignores_use_sliding_window_is_refused(window, cap
 @pytest.mark.parametrize("window", [8, 4096])
 @pytest.mark.parametrize("name", ["mistral", "olmo3"])
 def test_windows_of_any_size_are_seen_that_no_setting_tells_of(name, window, monkeypatch, caplog):
-    monkeypatch.setattr("grao_lightning.language_model.sharing._obstacle", lambda model: None)
+    monkeypatch.setattr("grao_lightning.language_model.sharing.obstacle", lambda model: None)
     assert not share_prompts(build(name, sliding_window=window))
     assert ("it attends in a sliding window" if window > 8 else "since it") in caplog.text
 
