@@ -33,13 +33,7 @@ class ValidationAnswers(Callback):
         self._rows = []
 
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: Any,
-        outputs: Any,
-        batch: PromptBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: PromptBatch, *_: Any
     ) -> None:
         """Take in a batch."""
         if not pl_module.samples:

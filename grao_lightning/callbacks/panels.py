@@ -81,12 +81,7 @@ class TensorBoardPanels(Callback):
             writer.file_writer.add_summary(self._end)
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: Any,
-        outputs: Any,
-        batch: PromptBatch,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: PromptBatch, *_: Any
     ) -> None:
         """Write the groups of this step."""
         due = self.every_n_steps and (trainer.global_step - 1) % self.every_n_steps == 0
@@ -99,7 +94,7 @@ class TensorBoardPanels(Callback):
         outputs: Any,
         batch: PromptBatch,
         batch_idx: int,
-        dataloader_idx: int = 0,
+        *_: Any,
     ) -> None:
         """Write the first validation prompts with the answers of the policy and of the base."""
         self._write(trainer, pl_module, "val/completions", batch, batch_idx == 0)

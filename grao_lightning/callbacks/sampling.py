@@ -92,12 +92,7 @@ class GroupSampling(NamedSettings, Callback):
         self._note(batch.completions, batch, step)
 
     def on_validation_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: Any,
-        batch: PromptBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: Any, batch: PromptBatch, *_: Any
     ) -> None:
         """Sample one completion of every prompt from the policy and, once, from the base."""
         if not pl_module.samples:

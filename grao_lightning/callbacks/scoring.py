@@ -197,12 +197,7 @@ class GroupScoring(NamedSettings, Callback):
         self._note_statistics(self._in_validation, self._judges)
 
     def on_validation_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: Any,
-        batch: PromptBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: Any, batch: PromptBatch, *_: Any
     ) -> None:
         """Compare the policy's completions with the reference answers and with the base's."""
         if not pl_module.samples:
