@@ -1,6 +1,5 @@
 """What GRPO and PPO share: several updates on the completions of one rollout."""
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,8 +13,6 @@ from grao_lightning.language_model.head import Weigh, weigh_by_gradient
 from grao_lightning.language_model.logprobs import split_by_tokens
 from grao_lightning.modules.base import AlignmentModule, AlignmentSettings, Beside
 from grao_lightning.objectives.ratio import is_clipped
-
-log = logging.getLogger(__name__)
 
 #: (the rows' tokens, their log-probabilities, those of the sampling policy) -> weighted losses
 TokenLoss = Callable[["Tokens", Tensor, Tensor], Tensor]
@@ -125,15 +122,6 @@ class RolloutModule(AlignmentModule):
         data: Any = getattr(self.trainer, "datamodule", None)
         if hasattr(data, "has_reference_answers") and not data.has_reference_answers("validation"):
             self.validation_metrics.leave_out_reference_answers()
-            monitor = "val/nag" if "nag" in self.validation_metrics.names else "val/reward"
-            for callback in self.trainer.checkpoint_callbacks:
-                if getattr(callback, "monitor", None) == "val/ras":
-                    log.info(
-                        "best_checkpoint.monitor: %s in place of val/ras, which needs reference "
-                        "answers",
-                        monitor,
-                    )
-                    callback.monitor = monitor  # type: ignore[attr-defined]
         super().setup(stage)
 
     @property

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import yaml
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from grao_lightning import DPOModule, GRAOModule, GRPOModule, PPOModule, RewardModule, SFTModule
 from grao_lightning.callbacks.answers import ValidationAnswers
+from grao_lightning.callbacks.checkpoint import BestCheckpoint
 from grao_lightning.callbacks.summary import RunSummary
 from grao_lightning.embedded.keywords import keyword_rows
 from grao_lightning.faults import UserError
@@ -63,7 +63,7 @@ VALIDATED = {
 def test_validation_measures_what_needs_no_reference_answer(
     tmp_path, data, capsys, reference_model, monitor
 ):
-    best = ModelCheckpoint(tmp_path, monitor="val/ras", mode="max", filename="best")
+    best = BestCheckpoint(dirpath=tmp_path)
     module = fit(
         tmp_path,
         module=GRPOModule(policy="embedded:keywords-weak", reference_model=reference_model),
@@ -83,6 +83,18 @@ def test_validation_measures_what_needs_no_reference_answer(
     assert len(rows) == 8 and all(row["reward"] is not None for row in rows)
     for name in ("outcome", "reference_answer", "reference_answer_length"):
         assert all(row[name] is None for row in rows)
+
+
+def test_a_best_checkpoint_by_ras_is_refused_where_there_is_none(tmp_path, data):
+    best = BestCheckpoint(dirpath=tmp_path, monitor="val/ras")
+    with pytest.raises(UserError, match="got val/ras: remove it, and val/nag decides"):
+        fit(
+            tmp_path,
+            module=GRPOModule(),
+            data=data(False, False),
+            callbacks=[*stages(scoring=RAW), best],
+            **VALIDATED,
+        )
 
 
 def test_held_out_answers_give_ras_whatever_is_trained_on(tmp_path, data):
