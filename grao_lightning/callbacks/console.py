@@ -60,10 +60,6 @@ class StepProgressBar(TQDMProgressBar):
         """Return whether no bar is drawn: in a log file it would be noise."""
         return super().is_disabled or not sys.stdout.isatty()
 
-    def get_metrics(self, *_: Any) -> dict[str, Any]:
-        """Return nothing of what Lightning would put behind the bar."""
-        return {}
-
     def init_validation_tqdm(self) -> Tqdm:
         """Return a bar that takes the training bar's place while it is there."""
         if self._train_progress_bar is not None:
@@ -97,6 +93,9 @@ class StepProgressBar(TQDMProgressBar):
             self.print(step_line(step, trainer.max_steps, values))
             self._next_line = time.monotonic() + self.every_n_seconds
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the last step's figures behind the bar."""
+
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, *batch: Any, **options: Any
     ) -> None:
@@ -107,7 +106,8 @@ class StepProgressBar(TQDMProgressBar):
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Print what a validation in training found; `RunSummary` prints the others' table."""
-        super().on_validation_end(trainer, pl_module)
+        self.val_progress_bar.close()
+        self.reset_dataloader_idx_tracker()
         if trainer.state.fn != "fit" or trainer.sanity_checking or not trainer.is_global_zero:
             return
         step = trainer.global_step

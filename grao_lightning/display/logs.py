@@ -10,8 +10,10 @@ def configure_logging() -> None:
     for noisy in ("httpx", "datasets", "transformers", "absl"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.getLogger("huggingface_hub").propagate = False  # it prints its warnings itself
-    advertisements = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    advertisements.addFilter(lambda record: "Tip: For seamless" not in record.getMessage())
+    # An advertisement, and what the table below it says too, in the middle of the bar.
+    needless = ("Tip: For seamless", "`Trainer.fit` stopped: `max_steps=")
+    notes = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    notes.addFilter(lambda record: not any(part in record.getMessage() for part in needless))
 
 
 def wrapped(text: str) -> str:

@@ -44,7 +44,7 @@ def nats(model, rows) -> torch.Tensor:
 
 def held_out(pairs: bool = False):
     """Return the nine validation prompts as one batch."""
-    data = PromptDataModule(validation_prompts=9)
+    data = PromptDataModule(validation_prompts=9, tokenizer="embedded:keywords-weak")
     data.setup("validate")
     data._reads_rejected = pairs
     (batch,) = data.val_dataloader()
@@ -120,7 +120,7 @@ def test_dpo_refuses_to_validate_on_rows_that_are_no_pairs(tmp_path):
     held_out = tmp_path / "held_out.jsonl"
     held_out.write_text('{"prompt": "apple", "completion": "apple"}\n' * 4)
     data = PromptDataModule(validation=str(held_out))
-    run = trainer(tmp_path, callbacks=stages(**UNSCORED), limit_val_batches=1.0)
+    run = trainer(tmp_path, callbacks=stages(**UNSCORED), **VALIDATED)
     with pytest.raises(UserError, match=r"data\.validation must have a rejected answer in every"):
         run.fit(made(DPOModule), datamodule=data)
 
@@ -133,7 +133,7 @@ def test_training_on_groups_still_needs_a_reward(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "monitor", "mode", "expected"),
     [
-        (SFTModule, "val/ras", "max", "set it to val/loss, and best_checkpoint.mode to min"),
+        (SFTModule, "val/ras", "max", "got val/ras: remove it, and val/loss decides"),
         (SFTModule, "val/loss", "max", "mode must be min with monitor=val/loss, or the worst"),
         (DPOModule, "val/rewards/margins", "min", "mode must be max with monitor=val/rewards"),
         (DPOModule, "val/rewards/margin", "max", "did you mean val/rewards/margins?"),
