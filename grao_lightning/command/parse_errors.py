@@ -38,6 +38,9 @@ _VALUE = re.compile(r"(?:Got|Given) value: (.*)")
 _CHOICES = re.compile(r"Literal\[(.*)\]")
 _NO_IMPORT = re.compile(r"given class_path '([\w.]+)':\s*(.*)|dot import path string: (.*)")
 _FILE = re.compile(r"(?:.*/)?(\w+)\.py:(\w+)")  # as of a reward function
+_CLASS_PATHS = re.compile(r"'class_path': '([\w.]+)'")
+_DOTTED = re.compile(r"[A-Za-z_]\w*(?:\.\w+)+")
+_OF_CLASSES = ("model", "trainer.callbacks", "trainer.logger")
 _NO_CLASS = re.compile(r"Not a valid subclass of (\w+)")
 _NO_SUBCLASS = re.compile(r"Import path ([\w.]+) does not correspond to a subclass of (\w+)")
 
@@ -78,15 +81,12 @@ def explain(
         path = found[1] or found[3]
         if setting == "model" and "." not in path.removeprefix(_OURS):
             return unknown_module(path)
-        try:
-            load_object(path)
-        except UserError as error:
-            return f"{setting}.class_path: {error}"
-        return f"{setting}.class_path: cannot import {path!r}: {found[2] or 'give module.Class'}"
+        reason = f"cannot import {path!r}: {found[2] or 'give module.Class'}"
+        return f"{setting}.class_path: {_import_fault(path) or reason}"
     given = _VALUE.search(message)
     got = f"; got {given[1]}" if given else ""
-    if given and (file := _FILE.fullmatch(given[1])):
-        return f"{setting}.class_path must be module.Class{got}: write {file[1]}.{file[2]}"
+    if given and (fault := _class_fault(setting, given[1])):
+        return fault
     if found := _NO_CLASS.search(message):
         return f"{setting} must hold {_FORMS.get(found[1], 'class_path and init_args only')}{got}"
     expected = [_expected(text) for text in _EXPECTED.findall(message)]
@@ -95,6 +95,26 @@ def explain(
     if setting and expected:
         return f"{setting} must be {' or '.join(dict.fromkeys(expected))}{got}"
     return " ".join(message.split())
+
+
+def _class_fault(setting: str, given: str) -> str | None:
+    """Return that a class of the value cannot be imported; the parser would tell its type."""
+    if file := _FILE.fullmatch(given):
+        wanted = f"{file[1]}.{file[2]}"
+        return f"{setting}.class_path must be module.Class; got {given}: write {wanted}"
+    paths = _CLASS_PATHS.findall(given)
+    if setting in _OF_CLASSES and _DOTTED.fullmatch(given):
+        paths.append(given)
+    reasons = filter(None, map(_import_fault, paths))
+    return next((f"{setting}.class_path: {reason}" for reason in reasons), None)
+
+
+def _import_fault(path: str) -> str | None:
+    try:
+        load_object(path)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def unknown_module(name: str) -> str:

@@ -384,6 +384,19 @@ def test_a_typo_in_a_config_names_the_key_and_the_one_meant(complaint, no_model,
     assert complaint(changes) == f"unknown setting {expected}"
 
 
+@pytest.mark.parametrize("section", ["model", "trainer.callbacks"])
+def test_an_own_class_that_cannot_be_imported_is_named_with_its_line(complaint, section):
+    Path("broken_parts.py").write_text("\n\ndef f(:\n")
+    Path("needy_parts.py").write_text("import nosuch\n")
+    for module, place in (("broken_parts", "line 3: "), ("needy_parts", "line 1: ModuleNotFound")):
+        expected = f"{section}.class_path: cannot import '{module}.Mine': "
+        value = {"class_path": f"{module}.Mine"}
+        of_config = complaint({section: value if section == "model" else [value]})
+        assert of_config.startswith(expected) and place in of_config
+        of_line = complaint(None, f"--{section}={module}.Mine")
+        assert of_line.startswith(expected) and place in of_line
+
+
 def test_a_typo_on_the_command_line_names_the_key_and_abbreviations_do_not_pass(
     complaint, no_model
 ):

@@ -35,7 +35,7 @@ class MyGRAO(GRAOModule):
 class Watcher(Callback):
     def on_train_start(self, trainer, pl_module):
         rank = trainer.global_rank  # one write a line, as ranks write into one file
-        sys.stdout.write(f"watched {type(pl_module).__name__} on rank {rank}\n")
+        sys.stdout.write(f"watched {type(pl_module).__name__} on rank {rank}\\n")
 """
 CONFIG = {
     "model": {"class_path": "my_parts.MyGRAO", "init_args": {"policy": "embedded:keywords"}},
