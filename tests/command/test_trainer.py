@@ -86,7 +86,7 @@ def test_its_callbacks_and_settings_are_those_of_the_command_line(monkeypatch, r
 
 def test_stages_come_in_their_order_and_what_is_given_takes_the_place_of_a_default():
     best = ModelCheckpoint(monitor="val/reward", mode="max", filename="best")
-    bar, clipping = StepProgressBar(every_n_steps=5), ReferenceAwareClipping(max_norm=0.5)
+    bar, clipping = StepProgressBar(), ReferenceAwareClipping(max_norm=0.5)
     scoring = GroupScoring([SCORE])
     trainer = make_trainer([bar, clipping, best, Mine(), scoring], max_steps=1)
     found = [type(part).__name__ for part in trainer.callbacks]
