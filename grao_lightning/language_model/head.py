@@ -58,7 +58,8 @@ def head_of(model: Any) -> Head | None:
 
     It must plainly be a linear map of the model's own: a family may scale, cap or transform its
     logits in ways this file does not know, and an adapter may sit on it. Whether it is one is
-    looked at every time; what the model makes of its logits is tried once a kind of model.
+    looked at every time; what the model makes of its logits is tried once, and again where its
+    class, forward pass, hooks or configured factors are others.
     """
     return None if head_obstacle(model) else Head(*_projection(model), *model._grao_head.shape)
 
@@ -66,7 +67,9 @@ def head_of(model: Any) -> Head | None:
 def head_obstacle(model: Any) -> str | None:
     """Return why a model's head cannot be told, None if it can."""
     reason = _not_plain(model)
-    kind = (type(model), getattr(model.forward, "__func__", model.forward), reason)
+    forward = getattr(model.forward, "__func__", model.forward)
+    hooks = (*model._forward_hooks, *model._forward_pre_hooks)
+    kind = (type(model), forward, hooks, reason, _shapes(model.config.get_text_config()))
     tried: _Tried | None = getattr(model, "_grao_head", None)
     if tried is None or tried.kind != kind:
         scale, cap = 1.0, None

@@ -60,6 +60,17 @@ def forget_frequencies(model: Any) -> None:
             part.register_buffer(buffer, own.to(getattr(part, buffer).device), persistent=False)
 
 
+def counts_positions_itself(model: Any) -> bool:
+    """Return whether layers count the tokens of a pass, whatever positions they are given.
+
+    Llama4 sharpens attention in layers without rotary positions by where a token stands in the
+    pass, from token 8192 on: no trial is that long.
+    """
+    config = model.config.get_text_config()
+    without_rotary = 0 in (getattr(config, "no_rope_layers", None) or ())
+    return bool(getattr(config, "attn_temperature_tuning", False)) and without_rotary
+
+
 def most_positions(model: Any) -> int | None:
     """Return the tokens that a row may have, where the model has a table of that many positions.
 

@@ -7,13 +7,14 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from grao_lightning.batch import TokenRow
 from grao_lightning.language_model.attention import SHARED, Call, register, watched
 from grao_lightning.language_model.head import head_obstacle
+from grao_lightning.language_model.positions import counts_positions_itself
 from grao_lightning.language_model.states import Read, answer_states, decoder_reader
-from grao_lightning.language_model.trial import agree, at_rest, decoder_of, trial_rows
+from grao_lightning.language_model.trial import agree, all_agree, at_rest, decoder_of, trial_rows
 
 log = logging.getLogger(__name__)
 
@@ -144,6 +145,43 @@ def silence_router_losses(model: Any) -> None:
         )
 
 
+def tell_dropout(model: Any) -> None:
+    """Say that a policy drops out in training, or adds noise: another one samples.
+
+    A module of dropout may be without effect yet, as before an adapter that is zero; and some
+    families have none and drop out all the same, which a pass in training mode shows.
+    """
+    parts = [
+        f"{name or 'dropout'}: {part.p}"
+        for name, part in model.named_modules()
+        if isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0
+    ]
+    told = f"{parts[0]} and {len(parts) - 1} more modules" if parts else ""
+    if told or _is_noisy(model):
+        log.warning(
+            "%s drops out in training (%s): its log-probabilities there are not those of the model "
+            "that samples; set its dropout to 0 unless this is wanted",
+            type(model).__name__,
+            told or "its logits change",
+        )
+
+
+def _is_noisy(model: Any) -> bool:
+    """Return whether a model's logits are others in training mode."""
+    device = next(model.parameters()).device
+    ids = torch.arange(16, device=device)[None] % model.get_input_embeddings().weight.shape[0]
+    with (
+        suppress(Exception),  # what fails here fails in the first step
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        at_rest(model),
+    ):
+        own = model(input_ids=ids, use_cache=False).logits[0]
+        for part in model.modules():
+            part.training = True
+        return not all_agree(model(input_ids=ids, use_cache=False).logits[0], own, model.dtype)
+    return False
+
+
 def obstacle(model: Any) -> str | None:
     """Return what a model's configuration says that our attention does not heed."""
     config = model.config.get_text_config()
@@ -154,6 +192,8 @@ def obstacle(model: Any) -> str | None:
         return f"it attends in a sliding window (sliding_window={config.sliding_window})"
     if getattr(config, "attn_logit_softcapping", None):
         return "it caps its attention scores"
+    if counts_positions_itself(model):
+        return "its layers count positions themselves (attn_temperature_tuning)"
     if model.config._attn_implementation not in ("sdpa", "eager"):
         return f"attn_implementation={model.config._attn_implementation} was asked for"
     return None

@@ -30,6 +30,7 @@ from grao_lightning.language_model.sharing import (
     share_prompts,
     shares_prompts,
     silence_router_losses,
+    tell_dropout,
 )
 from grao_lightning.metrics.outcomes import GainKind, TiesAs
 from grao_lightning.modules.step import Mode, StepModule, StepSettings
@@ -191,6 +192,8 @@ class AlignmentModule(StepModule):
             if asked or shares_prompts(model):  # as an earlier module left it
                 model.set_attn_implementation(asked or "sdpa")
         silence_router_losses(model)
+        if name == "policy":
+            tell_dropout(model)
         # An attention that was asked for stays: sharing prompts would replace it.
         if self.share_prompts and asked is None:
             share_prompts(model)

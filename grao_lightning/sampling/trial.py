@@ -16,7 +16,11 @@ from grao_lightning.batch import TokenIds
 from grao_lightning.faults import UserError
 from grao_lightning.language_model.attention import watched
 from grao_lightning.language_model.head import head_obstacle
-from grao_lightning.language_model.positions import forget_frequencies, frequencies_of
+from grao_lightning.language_model.positions import (
+    counts_positions_itself,
+    forget_frequencies,
+    frequencies_of,
+)
 from grao_lightning.language_model.sharing import (
     handed_wrongly,
     may_share,
@@ -48,7 +52,7 @@ _COUNTING_LAYERS = {
 def way_of(model: Any, fastest: Way = SHARED) -> Way:
     """Return the fastest way of decoding that is exact for a model.
 
-    Tried once a model, and again when its class, attention or device has changed.
+    Tried once a model, and again when its class, attention, head or device has changed.
 
     Args:
         model: In `completions.generation_mode`.
@@ -58,7 +62,8 @@ def way_of(model: Any, fastest: Way = SHARED) -> Way:
         UserError: The model cannot be sampled from in any way.
     """
     device = next(model.parameters()).device.type
-    key = (type(model), model.config._attn_implementation, device, may_share(model), fastest.name)
+    shares = may_share(model) and head_obstacle(model) is None
+    key = (type(model), model.config._attn_implementation, device, shares, fastest.name)
     found: dict[Any, Way] = getattr(model, "_grao_ways", {})
     if key not in found:
         model._grao_ways = found = {**found, key: _try_ways(model, fastest)}
@@ -152,12 +157,14 @@ def _obstacle(model: Any, way: Way) -> str | None:
             return "it was not asked for"
         if next(model.parameters()).device.type != "cpu":
             return "it is for CPU"
-        # Training has looked at all of this where it shares prompts.
-        return None if shares_prompts(model) else obstacle(model) or head_obstacle(model)
+        # Training has looked at the rest where it shares prompts.
+        return head_obstacle(model) or (None if shares_prompts(model) else obstacle(model))
     config = model.config.get_text_config()
     counting = _COUNTING_LAYERS & set(getattr(config, "layer_types", None) or ())
     if way is PADDED and counting:
         return f"layers of {', '.join(sorted(counting))} count padding"
+    if way is PADDED and counts_positions_itself(model):
+        return "its layers count padding as positions (attn_temperature_tuning)"
     if way is PADDED and getattr(config, "index_topk", None):
         return "it selects keys, and ties among them fall otherwise beside padding"
     return None

@@ -11,7 +11,7 @@ from grao_lightning.faults import UserError
 from grao_lightning.language_model.attention import SHARED, TreeLayout, register
 from grao_lightning.language_model.head import head_of
 from grao_lightning.language_model.logprobs import TokenLogprobs, token_logprobs
-from grao_lightning.language_model.sharing import share_prompts, shares_prompts
+from grao_lightning.language_model.sharing import share_prompts, shares_prompts, tell_dropout
 from tests.language_model.architectures import build
 from tests.language_model.test_architectures import ROWS
 
@@ -63,14 +63,56 @@ def test_a_layer_that_does_not_ask_our_attention_is_seen(caplog):
     assert "not all of its 2 layers ask our attention" in caplog.text
 
 
+def test_a_layer_that_does_not_ask_is_seen_where_others_ask_several_times(caplog):
+    model = build("hrm_text")
+    kind = type(next(m for m in model.modules() if type(m).__name__.endswith("Attention")))
+    attentions = [part for part in model.modules() if type(part) is kind]
+    attentions[-1].forward = lambda hidden_states, **_: (hidden_states, None)
+    assert not share_prompts(model)
+    assert "not all of its" in caplog.text
+
+
+def test_single_rows_are_read_with_the_attention_that_was_there_before(caplog):
+    model = build("llama")
+    attention = model.model.layers[0].self_attn
+    own = attention.forward
+
+    def forward(*arguments, **options):
+        output, weights = own(*arguments, **options)
+        return output * (2 if attention.config._attn_implementation == "sdpa" else 1), weights
+
+    attention.forward = forward
+    assert not share_prompts(model)
+    assert "its states differ from those of single rows" in caplog.text
+
+
+def test_a_mask_of_a_layer_of_its_own_is_seen_while_it_masks_nothing_more(caplog):
+    """Doge learns its mask; ours is not read."""
+    model = build("llama")
+    attention = model.model.layers[1].self_attn
+    own = attention.forward
+
+    def forward(hidden_states, **options):
+        size = hidden_states.shape[1]
+        options["attention_mask"] = torch.full((1, 1, size, size), -torch.inf).triu(1)
+        return own(hidden_states, **options)
+
+    attention.forward = forward
+    assert not share_prompts(model)
+    assert "its layers attend by a mask of their own" in caplog.text
+
+
 @pytest.mark.parametrize("error", [IndexError, AssertionError, ZeroDivisionError])
-@pytest.mark.parametrize("where", ["attention", "switch"])
+@pytest.mark.parametrize("where", ["attention", "switch", "after the switch"])
 def test_whatever_fails_in_the_trial_the_models_own_attention_is_put_back(
     error, where, monkeypatch, caplog
 ):
     model = build("llama")
+    switch = model.set_attn_implementation
 
     def fail(*arguments) -> None:
+        if where == "after the switch":
+            switch(*arguments)
         raise error("said no")
 
     if where == "attention":
@@ -131,6 +173,18 @@ def test_our_attention_takes_its_mask_by_keyword():
     torch.testing.assert_close(output, expected.transpose(1, 2))
 
 
+def test_layers_that_count_the_tokens_of_a_pass_get_no_pack_however_late_it_matters(caplog):
+    """Llama4's temperature of attention: from token 8192 on, here from 100 on, which no row has."""
+    name, options = "llama4_text, full layers", {"no_rope_layers": [1, 0], "attn_scale": 1.0}
+    model, rows = build(name, floor_scale=100, **options), rows_of([(40, 9)] * 6)
+    assert not share_prompts(model)
+    for row, found in zip(rows, computed_by(model, rows).by_row(), strict=True):
+        expected = logprobs_alone(name, row, floor_scale=100, **options)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert "its layers count positions themselves (attn_temperature_tuning)" in caplog.text
+    assert share_prompts(build(name, no_rope_layers=[1, 1]))
+
+
 # -- what is dropped is told -----------------------------------------------------------------------
 
 
@@ -155,6 +209,37 @@ def test_dropout_of_attention_that_no_setting_tells_of_is_seen(caplog):
     assert "it drops out attention (0.1)" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("gpt2", {"resid_pdrop": 0.1}, "transformer.h.0.attn.resid_dropout: 0.1 and 3 more"),
+        ("opt", {"dropout": 0.1}, "its logits change"),
+        ("phimoe", {"input_jitter_noise": 0.1}, "its logits change"),
+        ("llama", {"attention_dropout": 0.1}, "its logits change"),
+        ("llama", {}, None),
+        ("llama, dynamic NTK", {}, None),
+        ("qwen3_moe", {}, None),
+    ],
+)
+def test_whatever_makes_another_model_of_a_policy_in_training_is_said(name, options, said, caplog):
+    model, before = build(name, **options), torch.get_rng_state()
+    tell_dropout(model)
+    assert ("drops out in training" in caplog.text) == (said is not None)
+    assert (said or "") in caplog.text
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not any(part.training for part in model.modules())
+
+
+def test_dropout_of_an_adapter_that_is_still_zero_is_said(caplog):
+    model = build("llama")
+    model.lm_head = nn.Sequential(model.lm_head, nn.Dropout(0.0))
+    tell_dropout(model)
+    assert not caplog.text
+    model.adapter = nn.Dropout(0.05)
+    tell_dropout(model)
+    assert "drops out in training (adapter: 0.05 and 0 more modules)" in caplog.text
+
+
 @pytest.mark.parametrize("window", [8, 4096])
 def test_a_window_whose_family_ignores_use_sliding_window_is_refused(window, caplog):
     model = build("mistral", sliding_window=window, use_sliding_window=False)
@@ -168,6 +253,20 @@ def test_windows_of_any_size_are_seen_that_no_setting_tells_of(name, window, mon
     monkeypatch.setattr("grao_lightning.language_model.sharing.obstacle", lambda model: None)
     assert not share_prompts(build(name, sliding_window=window))
     assert ("it attends in a sliding window" if window > 8 else "since it") in caplog.text
+
+
+def test_chunks_are_seen_by_their_mask_alone(monkeypatch, caplog):
+    """Llama4's layers do not say that they attend in chunks, here longer ones than the trial."""
+    monkeypatch.setattr("grao_lightning.language_model.sharing.obstacle", lambda model: None)
+    assert not share_prompts(build("llama4_text", attention_chunk_size=4096))
+    assert "it attends in a sliding window" in caplog.text
+
+
+def test_scores_of_attention_that_are_capped_are_refused(caplog):
+    full = ["full_attention"] * 2
+    assert not share_prompts(build("gemma2", layer_types=full))
+    assert "it caps its attention scores" in caplog.text
+    assert share_prompts(build("gemma2", layer_types=full, attn_logit_softcapping=None))
 
 
 def test_layers_that_are_all_full_may_have_a_window_in_their_configuration():
@@ -227,6 +326,35 @@ def test_a_hook_on_the_head_is_heeded():
     assert head_of(model) is not None
 
 
+def test_a_forward_pass_that_is_given_to_the_head_is_heeded():
+    model = build("llama")
+    assert head_of(model) is not None
+    own = model.lm_head.forward
+    model.lm_head.forward = lambda states: 2 * own(states)
+    assert head_of(model) is None
+
+
+def test_a_hook_on_the_model_is_heeded_that_came_after_the_trial():
+    model = build("llama")
+    assert head_of(model) is not None
+
+    def double(module, inputs, output):
+        output.logits = 2 * output.logits
+        return output
+
+    handle = model.register_forward_hook(double)
+    assert head_of(model) is None
+    handle.remove()
+    assert head_of(model) is not None
+
+
+def test_a_cap_that_is_taken_off_after_the_trial_is_gone():
+    model = build("gemma2", final_logit_softcapping=2.0)
+    assert head_of(model).cap == 2.0
+    model.config.final_logit_softcapping = None
+    assert head_of(model).cap is None
+
+
 def with_logits(model, change) -> None:
     """Let a model change its logits in its own forward pass: change(model, logits)."""
     kind = type(model)
@@ -249,8 +377,9 @@ def test_a_scale_that_is_learned_is_heeded_though_it_is_one_at_first():
     assert model.scale.grad.abs() > 0
 
 
-def test_a_cap_that_logits_do_not_reach_yet_is_heeded():
-    model = build("llama", std=0.02)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cap_that_logits_do_not_reach_yet_is_heeded(dtype):
+    model = build("llama", std=0.02).to(dtype)
     with_logits(model, lambda model, logits: 30 * torch.tanh(logits / 30))
     assert head_of(model) is None
     known = head_of(build("recurrent_gemma", std=0.02, logits_soft_cap=30.0))

@@ -83,6 +83,34 @@ def test_a_model_that_shares_prompts_in_training_need_not_in_sampling(caplog):
     assert "not with every prompt read once: its logits differ" in caplog.text
 
 
+def test_single_rows_are_read_with_the_models_own_attention():
+    model = build("llama")
+    attention = model.model.layers[0].self_attn
+    own = attention.forward
+
+    def forward(*arguments, **options):
+        output, weights = own(*arguments, **options)
+        return output * (2 if attention.config._attn_implementation == "sdpa" else 1), weights
+
+    attention.forward = forward
+    assert not share_prompts(model)
+    assert way(model) is PADDED
+
+
+@pytest.mark.parametrize(("dtype", "factor"), [(torch.float32, 1.01), (torch.bfloat16, 1.5)])
+def test_a_fault_of_decoding_is_told_from_rounding(dtype, factor):
+    model = build("llama").to(dtype)
+
+    def scale(module, arguments, options, output):
+        if not isinstance(options.get("cache"), DynamicCache | None):
+            output.last_hidden_state = output.last_hidden_state * factor
+        return output
+
+    model.get_decoder().register_forward_hook(scale, with_kwargs=True)
+    assert share_prompts(model)
+    assert way(model) is PADDED
+
+
 def test_attention_that_is_not_ours_is_seen_though_the_first_ids_have_no_embedding(caplog):
     """Ids that training never saw decay to nothing; StableLM and Nemotron never ask for ours."""
     fresh = build("stablelm")
@@ -105,9 +133,34 @@ def test_learned_sinks_that_are_still_zero_are_no_reason_to_share():
     assert way(model) is PADDED
 
 
-def test_windows_longer_than_the_trial_are_seen():
+@pytest.mark.parametrize("told", [True, False])
+def test_windows_longer_than_the_trial_are_seen(told, monkeypatch):
     model = build("mistral", sliding_window=100, attention_dropout=0.1)
+    if not told:
+        monkeypatch.setattr(trial, "obstacle", lambda model: None)
     share_prompts(model)
+    assert way(model) is PADDED
+
+
+def test_layers_that_count_the_tokens_of_a_pass_get_no_padding(caplog):
+    """Llama4's temperature of attention: from token 8192 on, here from 30 on."""
+    fresh = build("llama4_text, full layers", no_rope_layers=[1, 0], attn_scale=1.0, floor_scale=30)
+    model = deepcopy(fresh)
+    share_prompts(model)
+    prompts = [ids(length, length) for length in (45, 26, 3)]
+    sampled = sample(model, prompts, 2, 2 * T).ids
+    assert sampled[::2] == [generated(fresh, prompt, 2 * T) for prompt in prompts]
+    assert way(model) is SAME_LENGTH
+
+
+def test_a_head_that_is_replaced_after_the_trial_is_sampled_from():
+    model = build("llama")
+    share_prompts(model)
+    sample(model, PROMPTS, 2, T)
+    model.lm_head.register_forward_hook(lambda module, inputs, output: -output)
+    fresh = deepcopy(model)
+    fresh.set_attn_implementation("sdpa")
+    assert sample(model, PROMPTS, 2, T).ids[::2] == [generated(fresh, p) for p in PROMPTS]
     assert way(model) is PADDED
 
 
