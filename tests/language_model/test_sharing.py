@@ -68,6 +68,7 @@ def test_a_layer_that_does_not_ask_is_seen_where_others_ask_several_times(caplog
     kind = type(next(m for m in model.modules() if type(m).__name__.endswith("Attention")))
     attentions = [part for part in model.modules() if type(part) is kind]
     attentions[-1].forward = lambda hidden_states, **_: (hidden_states, None)
+    model.config.num_hidden_layers = len(attentions)  # each is run four times
     assert not share_prompts(model)
     assert "not all of its" in caplog.text
 
@@ -111,7 +112,7 @@ def test_whatever_fails_in_the_trial_the_models_own_attention_is_put_back(
     switch = model.set_attn_implementation
 
     def fail(*arguments) -> None:
-        if where == "after the switch":
+        if where == "after the switch" and not shares_prompts(model):
             switch(*arguments)
         raise error("said no")
 
@@ -348,6 +349,20 @@ def test_a_hook_on_the_model_is_heeded_that_came_after_the_trial():
     assert head_of(model) is not None
 
 
+def test_a_forward_pass_that_is_given_to_the_model_after_the_trial_is_heeded():
+    model = build("llama")
+    assert head_of(model) is not None
+    own = model.forward
+
+    def forward(*arguments, **options):
+        output = own(*arguments, **options)
+        output.logits = 2 * output.logits
+        return output
+
+    model.forward = forward
+    assert head_of(model) is None
+
+
 def test_a_cap_that_is_taken_off_after_the_trial_is_gone():
     model = build("gemma2", final_logit_softcapping=2.0)
     assert head_of(model).cap == 2.0
@@ -445,6 +460,13 @@ def test_a_row_longer_than_rotary_positions_is_read_and_said_once(caplog):
     assert caplog.text.count("more than the 16") == 1
     expected = logprobs_alone("llama", rows[0], max_position_embeddings=16)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+def test_a_model_that_selects_keys_gets_its_rows_one_by_one(caplog):
+    model = build("llama")
+    model.config.index_topk = 4
+    computed_by(model, ROWS)
+    assert "reads rows one by one, since it selects keys" in caplog.text
 
 
 def test_a_model_that_reads_padding_gets_its_rows_one_by_one(caplog):

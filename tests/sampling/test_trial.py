@@ -83,6 +83,34 @@ def test_a_model_that_shares_prompts_in_training_need_not_in_sampling(caplog):
     assert "not with every prompt read once: its logits differ" in caplog.text
 
 
+def test_layers_that_count_in_blocks_longer_than_the_trial_get_no_padding(caplog):
+    assert way(build("deepseek_v4")) is SAME_LENGTH
+    assert "layers of heavily_compressed_attention count padding" in caplog.text
+
+
+def test_a_model_that_selects_keys_gets_no_padding(caplog):
+    model = build("llama")
+    model.config.index_topk = 4
+    assert way(model) is SAME_LENGTH
+    assert "it selects keys" in caplog.text
+
+
+def test_a_layer_that_asks_for_no_attention_while_decoding_is_seen(caplog):
+    model = build("llama")
+    attention = model.model.layers[1].self_attn
+    own = attention.forward
+
+    def forward(hidden_states, **options):
+        if hidden_states.shape[1] == 1:
+            return hidden_states, None
+        return own(hidden_states, **options)
+
+    attention.forward = forward
+    assert share_prompts(model)
+    assert way(model) is SINGLE
+    assert "it asked for 1 attentions a token after 2 a prompt" in caplog.text
+
+
 def test_single_rows_are_read_with_the_models_own_attention():
     model = build("llama")
     attention = model.model.layers[0].self_attn
