@@ -15,6 +15,7 @@ from torch import Tensor
 from grao_lightning.batch import TokenRow
 from grao_lightning.language_model.head import Weigh, head_loss, head_of
 from grao_lightning.language_model.packing import riders, split_into_packs
+from grao_lightning.language_model.positions import check_length
 from grao_lightning.language_model.sharing import padding_is_exact, shares_prompts
 from grao_lightning.language_model.states import (
     Way,
@@ -91,6 +92,7 @@ def token_logprobs(
     way: Way = "packed" if _packs(model) else "padded"
     if way == "padded" and not padding_is_exact(model, read):
         way = "one by one"
+    check_length(model, max(map(len, rows)))
     states = answer_states(model, rows, way, read)
     if head is None:
         loss, flat, entropy = _full_loss(states, targets, temperature, weigh)

@@ -22,6 +22,7 @@ from torch import Tensor
 from grao_lightning.batch import TokenRow
 from grao_lightning.language_model.logprobs import at_least_float32, split_padded
 from grao_lightning.language_model.packing import split_into_packs
+from grao_lightning.language_model.positions import check_length
 from grao_lightning.language_model.sharing import shares_prompts
 from grao_lightning.language_model.states import Way, answer_states, decoder_reader
 
@@ -117,6 +118,7 @@ def _last_states(model: Any, rows: Sequence[TokenRow]) -> Tensor:
     """Return the state [R, H] of each row's last token."""
     way: Way = "packed" if shares_prompts(model) else "padded"
     read = decoder_reader(model.base_model)
+    check_length(model, max(map(len, rows)))
     states = answer_states(model, with_room(rows), way, read, last_is_read=False)
     ends = torch.tensor([len(row.answer_ids) + 1 for row in rows], device=states.device).cumsum(0)
     return states[ends - 1]

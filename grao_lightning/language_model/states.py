@@ -17,7 +17,6 @@ from grao_lightning.language_model.attention import TreeLayout
 from grao_lightning.language_model.packing import Pack, pack_rows
 from grao_lightning.language_model.positions import (
     by_frequencies,
-    check_length,
     chooses_frequencies,
     forget_frequencies,
 )
@@ -67,7 +66,6 @@ def answer_states(
             length decides on frequencies.
     """
     lengths = [len(row) - (not last_is_read) for row in rows]
-    check_length(model, max(lengths))
     passes = by_frequencies(model, lengths)
     if way == "one by one":
         passes = [[number] for number in range(len(rows))]

@@ -476,3 +476,13 @@ def test_a_model_that_reads_padding_gets_its_rows_one_by_one(caplog):
         torch.testing.assert_close(found, logprobs_alone(name, row), atol=1e-4, rtol=0)
     assert "reads rows one by one" in caplog.text
     assert not shares_prompts(model)
+
+
+def test_a_long_row_is_told_of_and_the_rows_of_a_trial_are_not(caplog):
+    model = build("llama")
+    model.config.max_position_embeddings = 32
+    assert share_prompts(model)
+    computed_by(model, [TokenRow([1, 2, 3], [4] * 29)])
+    assert "is made for" not in caplog.text
+    computed_by(model, [TokenRow([1, 2, 3], [4] * 30)])
+    assert "A row has 33 tokens, more than the 32 that LlamaForCausalLM is made for" in caplog.text
