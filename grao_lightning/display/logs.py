@@ -24,12 +24,13 @@ def wrapped(text: str) -> str:
 def quoted(label: str, text: str) -> str:
     """Return a text to the letter, below its label, in lines that fit a terminal of 80 columns.
 
-    What cannot be seen, such as a line break, is written as Python writes it.
+    What cannot be seen, such as a line break, is written as Python writes it; marks show spaces at
+    its ends.
 
     >>> print(quoted("answer", "Yes.\\n"))
-      answer: Yes.\\n
+      answer: "Yes.\\n"
     """
-    shown, indent = _visible(text), "    "
+    shown, indent = f'"{_visible(text)}"', "    "
     if len(shown) < 74 - len(label):
         return f"  {label}: {shown}"
     wrapper = textwrap.TextWrapper(

@@ -80,9 +80,9 @@ def test_the_first_prompt_is_shown_as_its_ids_read(data, caplog):
     prompt, answer = ids_of(module)
     shown = told(caplog).split("\n")
     assert f"  prompt ({len(prompt)} tokens):" in shown
-    assert shown[-1] == f"  reference answer ({len(answer)} tokens): Yes, maybe.</s>"
+    assert shown[-1] == f'  reference answer ({len(answer)} tokens): "Yes, maybe.</s>"'
     text = "".join(line.removeprefix("    ") for line in shown if line.startswith("    "))
-    assert text.replace("\\n", "\n") == module.encoder._tokenizer.decode(prompt)
+    assert text.strip('"').replace("\\n", "\n") == module.encoder._tokenizer.decode(prompt)
     module.setup("validate")
     told(caplog)  # said once
 
@@ -91,8 +91,8 @@ def test_what_truncation_left_out_and_bos_are_seen(data, caplog):
     data({"prompt": HH, "completion": "Yes"}, max_prompt_tokens=22)
     text = told(caplog)
     assert "2 oldest turns left out: data.max_prompt_tokens" in text
-    assert "<s>\\n\\nHuman: What is the name?\\n\\nAssistant:" in text and "fine" not in text
-    assert text.endswith("):  Yes</s>")
+    assert '"<s>\\n\\nHuman: What is the name?\\n\\nAssistant:"' in text and "fine" not in text
+    assert text.endswith('): " Yes</s>"')
 
 
 def test_of_long_texts_the_middle_is_left_out_and_counted(data, caplog):
@@ -101,7 +101,7 @@ def test_of_long_texts_the_middle_is_left_out_and_counted(data, caplog):
     text = " ".join(told(caplog).split())
     assert f"[... {len(prompt) - 80} tokens left out ...]" in text
     assert f"[... {len(answer) - 40} tokens left out ...]" in text
-    assert text.endswith("green</s>")
+    assert text.endswith('green</s>"')
     assert len(told(caplog).splitlines()) < 16
 
 
@@ -110,7 +110,8 @@ def test_quoted_texts_show_what_cannot_be_seen_and_lose_nothing():
     lines = quoted("prompt", text).split("\n")
     assert lines[0] == "  prompt:" and "\x1b" not in "".join(lines)
     shown = "".join(line[4:] for line in lines[1:])
-    assert shown.encode().decode("unicode_escape") == text
+    assert shown[0] == shown[-1] == '"'
+    assert shown[1:-1].encode().decode("unicode_escape") == text
     assert max(map(len, lines)) <= 80
 
 
