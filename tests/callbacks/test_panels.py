@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
@@ -129,6 +130,28 @@ def test_a_base_that_is_no_start_begins_no_curve(tmp_path):
     data = {"prompts_per_step": 2, "validation_prompts": 6}
     fit(tmp_path, module=module, callbacks=stages(**UNSCORED), data=data, logger=logger, **options)
     assert set(points(EventAccumulator(logger.log_dir).Reload(), "val/loss")) == {1}
+
+
+def test_a_run_that_goes_on_does_not_begin_its_curves_anew(tmp_path):
+    saver = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=2, filename="two")
+    options = {"limit_val_batches": 1.0, "val_check_interval": 1}
+    data = {"prompts_per_step": 2, "validation_prompts": 6}
+    checkpoint = None
+    for steps, expected in ((2, {0, 1, 2}), (4, {3, 4})):
+        logger = TensorBoardLogger(**{**LOGGER_DEFAULTS, "save_dir": tmp_path})
+        fit(
+            tmp_path,
+            module=SFTModule(**WEAK),
+            callbacks=[*stages(**UNSCORED), saver],
+            data=data,
+            logger=logger,
+            max_steps=steps,
+            ckpt_path=checkpoint,
+            enable_checkpointing=True,
+            **options,
+        )
+        assert set(points(EventAccumulator(logger.log_dir).Reload(), "val/loss")) == expected
+        checkpoint = str(tmp_path / "saved/two.ckpt")
 
 
 @pytest.mark.parametrize(
