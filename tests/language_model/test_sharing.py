@@ -63,6 +63,17 @@ def test_a_layer_that_does_not_ask_our_attention_is_seen(caplog):
     assert "not all of its 2 layers ask our attention" in caplog.text
 
 
+def test_a_layer_of_another_kind_that_does_not_ask_is_seen(caplog):
+    class Silent(nn.Module):
+        def forward(self, hidden_states, **_):
+            return hidden_states, None
+
+    model = build("llama")
+    model.model.layers[1].self_attn = Silent()
+    assert not share_prompts(model)
+    assert "not all of its 2 layers ask our attention" in caplog.text
+
+
 def test_a_layer_that_does_not_ask_is_seen_where_others_ask_several_times(caplog):
     model = build("hrm_text")
     kind = type(next(m for m in model.modules() if type(m).__name__.endswith("Attention")))
