@@ -7,15 +7,12 @@ Importing this package is cheap: each public name is imported when it is first u
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from grao_lightning.modules import MODULES
+
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "GRAOModule": "grao_lightning.modules.grao",
-    "GRPOModule": "grao_lightning.modules.grpo",
-    "PPOModule": "grao_lightning.modules.ppo",
-    "DPOModule": "grao_lightning.modules.dpo",
-    "SFTModule": "grao_lightning.modules.sft",
-    "RewardModule": "grao_lightning.modules.reward",
+    **MODULES,
     "PromptDataModule": "grao_lightning.data.datamodule",
     "RewardModel": "grao_lightning.rewards.model",
     "RewardSpec": "grao_lightning.rewards.protocol",

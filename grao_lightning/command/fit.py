@@ -1,5 +1,6 @@
 """``grao fit`` and ``grao validate``: LightningCLI with the three stages in their order."""
 
+import importlib
 import sys
 from argparse import ArgumentError
 from typing import Any
@@ -12,7 +13,6 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-import grao_lightning
 from grao_lightning.callbacks.checkpoint import (
     BestCheckpoint,
     LastCheckpoint,
@@ -29,7 +29,6 @@ from grao_lightning.checks import run_faults
 from grao_lightning.command.help import chosen_module, help_text, trainer_text
 from grao_lightning.command.parse_errors import explain
 from grao_lightning.command.resume import resume_advice
-from grao_lightning.command.signatures import module_names
 from grao_lightning.command.trainer import (
     LAST_CHECKPOINT_DEFAULTS,
     LOGGER_DEFAULTS,
@@ -41,12 +40,13 @@ from grao_lightning.data.datamodule import PromptDataModule
 from grao_lightning.display.logs import configure_logging
 from grao_lightning.faults import Faults, UserError
 from grao_lightning.language_model.loading import checkpoint_fault
+from grao_lightning.modules import MODULES
 from grao_lightning.modules.step import StepModule
 from grao_lightning.rewards.importing import own_modules_note
 
 # Imported all, so that each is known by its short name, as in `--model GRPOModule`.
-for _name in module_names():
-    getattr(grao_lightning, _name)
+for _path in MODULES.values():
+    importlib.import_module(_path)
 
 
 class GRAOCommandLine(LightningCLI):

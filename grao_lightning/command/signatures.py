@@ -13,8 +13,8 @@ from pathlib import Path
 
 import yaml
 
-import grao_lightning
 from grao_lightning.faults import UserError
+from grao_lightning.modules import MODULES
 
 _WORDS = {"None": "null", "Any": "", "list": "list", "tuple": "list", "Sequence": "list"}
 
@@ -44,14 +44,13 @@ class _Class:
 
 def module_names() -> list[str]:
     """Return the short names of the modules that ship, the default one first."""
-    public = grao_lightning._PUBLIC
-    return [name for name, home in public.items() if home.startswith("grao_lightning.modules.")]
+    return list(MODULES)
 
 
 def public_path(name: str) -> str:
-    """Return the dotted path of a class given by it, by a public path or by its short name."""
+    """Return the dotted path of a class given by it or by a module's short name."""
     short = name.removeprefix("grao_lightning.")
-    home = grao_lightning._PUBLIC.get(short)
+    home = MODULES.get(short)
     return name if home is None else f"{home}.{short}"
 
 
@@ -146,7 +145,7 @@ def _form(module: str, annotation: ast.expr | None) -> str:
 
 def _alias(module: str, name: str) -> tuple[str, ast.expr] | None:
     """Return what a name such as ``Schedule = Literal[...]`` stands for, and where."""
-    for node in _tree(module):
+    for node in _as_run(_tree(module)):
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
             return module, node.value
     home = _home(module, name)
@@ -155,7 +154,7 @@ def _alias(module: str, name: str) -> tuple[str, ast.expr] | None:
 
 def _find(module: str, name: str) -> _Class | None:
     """Return a class that a module defines or imports from its own package or from ours."""
-    for node in _tree(module):
+    for node in _as_run(_tree(module)):
         if isinstance(node, ast.ClassDef) and node.name == name:
             return _Class(module, node)
     home = _home(module, name)
@@ -168,7 +167,8 @@ def _find(module: str, name: str) -> _Class | None:
 def _home(module: str, name: str) -> tuple[str, str] | None:
     """Return module and name that an import takes a name from; None outside of the two packages."""
     near = {module.partition(".")[0], "grao_lightning"}
-    for node in _tree(module):
+    # What is imported for type checkers alone says as well where a name is from.
+    for node in (part for statement in _tree(module) for part in ast.walk(statement)):
         if not isinstance(node, ast.ImportFrom):
             continue
         for part in node.names:
@@ -192,7 +192,7 @@ def _tree(module: str) -> list[ast.stmt]:
         path = path / "__init__.py" if path.is_dir() else path.with_name(f"{path.name}.py")
     if path.suffix != ".py" or not path.is_file():
         return []
-    return list(_as_run(ast.parse(path.read_text(encoding="utf-8")).body))
+    return ast.parse(path.read_text(encoding="utf-8")).body
 
 
 def _as_run(statements: list[ast.stmt]) -> Iterator[ast.stmt]:
