@@ -1,6 +1,7 @@
 """The Trainer of Python is that of the command line, and a plain one is told what it lacks."""
 
 import json
+import logging
 import re
 import sys
 from pathlib import Path
@@ -136,6 +137,25 @@ def test_faults_are_told_before_the_data_is_read():
     text = str(caught.value)
     for part in ("faults in the configuration", "./none", "none.jsonl", "GroupScoring"):
         assert part in text
+
+
+def test_a_program_without_logging_of_its_own_is_told_how_prompts_are_read(monkeypatch, capsys):
+    ours = logging.getLogger("grao_lightning")
+    for logger in (logging.getLogger(), ours):
+        monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.setattr(ours, "propagate", True)
+    monkeypatch.setattr(ours, "level", logging.NOTSET)
+    for number in (1, 2):
+        parts()
+        PromptDataModule(tokenizer="embedded:keywords").setup("fit")
+        assert capsys.readouterr().err.count("The first one:") == 1, f"with {number} Trainers"
+
+
+def test_a_program_with_logging_of_its_own_is_left_its_settings(monkeypatch):
+    ours, own = logging.getLogger("grao_lightning"), logging.NullHandler()
+    monkeypatch.setattr(logging.getLogger(), "handlers", [own])
+    parts()
+    assert not ours.handlers and ours.propagate and ours.level == logging.NOTSET
 
 
 def test_the_readmes_script_gives_a_model_that_answers(repository, capsys):
