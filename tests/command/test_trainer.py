@@ -24,6 +24,7 @@ from grao_lightning.callbacks.console import StepProgressBar
 from grao_lightning.checks import run_faults
 from grao_lightning.command.fit import run
 from grao_lightning.embedded.base import make_base
+from grao_lightning.faults import UserError
 from tests.runs import SCORE, largest_difference, stages
 
 
@@ -137,6 +138,13 @@ def test_faults_are_told_before_the_data_is_read():
     text = str(caught.value)
     for part in ("faults in the configuration", "./none", "none.jsonl", "GroupScoring"):
         assert part in text
+
+
+def test_batches_of_a_plain_loader_are_refused():
+    rows = [{"prompt": "apple river", "completion": "apple"}]
+    module = GRAOModule(policy="embedded:keywords-random")
+    with pytest.raises(UserError, match=r"batches must be .*; got dict: pass datamodule=Prompt"):
+        parts().fit(module, torch.utils.data.DataLoader(rows))
 
 
 def test_a_program_without_logging_of_its_own_is_told_how_prompts_are_read(monkeypatch, capsys):
