@@ -26,7 +26,7 @@ def show_notes() -> None:
 
 
 def drop_needless_notes() -> None:
-    """Leave out an advertisement, and what the table below it says too, in the middle of the bar."""
+    """Leave out an advertisement, and in the middle of the bar what the table says too."""
     needless = ("Tip: For seamless", "`Trainer.fit` stopped: `max_steps=")
     notes = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     if not notes.filters:

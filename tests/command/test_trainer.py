@@ -140,6 +140,16 @@ def test_faults_are_told_before_the_data_is_read():
         assert part in text
 
 
+def test_numbers_given_as_text_are_told_together():
+    module = GRAOModule(policy="embedded:keywords-random", learning_rate="1e-5")
+    trainer = make_trainer([GroupScoring([SCORE]), GroupSampling(group_size="8")], max_steps=1)
+    with pytest.raises(UserError) as caught:
+        trainer.fit(module, datamodule=PromptDataModule(wrong_reference_share="0.1"))
+    for part in ("learning_rate must be a number; got '1e-5'", "size must be a number; got '8'"):
+        assert part in str(caught.value)
+    assert "wrong_reference_share must be a number; got '0.1'" in str(caught.value)
+
+
 def test_batches_of_a_plain_loader_are_refused():
     rows = [{"prompt": "apple river", "completion": "apple"}]
     module = GRAOModule(policy="embedded:keywords-random")
