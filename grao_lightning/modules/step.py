@@ -300,20 +300,6 @@ class StepModule(NamedSettings, LightningModule):
 
     # -- logging -----------------------------------------------------------------------------------
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Refuse batches that are not ours, before a callback reads one.
-
-        Raises:
-            UserError: A plain loader made it.
-        """
-        if not isinstance(batch, PromptBatch):
-            raise UserError(
-                "batches must be those of PromptDataModule, which tokenises and orders them; got "
-                f"{type(batch).__name__}: pass datamodule=PromptDataModule(train=rows, ...), where "
-                "rows may be a datasets.Dataset or a list of dicts"
-            )
-        return batch
-
     def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
         """Start the clock of the update; callbacks have sampled and scored by now."""
         self._update_started = time.perf_counter()
