@@ -31,13 +31,20 @@ class Faults(list[str]):
 
     def at_least(self, setting: str, value: float, minimum: float, reason: str = "") -> None:
         """Note a value below its minimum."""
-        if value < minimum:
+        if self._is_number(setting, value) and value < minimum:
             self.add(f"{setting} must be >= {minimum}{reason and ': ' + reason}; got {value}")
 
     def between(self, setting: str, value: float, low: float, high: float) -> None:
         """Note a value outside [low, high]."""
-        if not low <= value <= high:
+        if self._is_number(setting, value) and not low <= value <= high:
             self.add(f"{setting} must lie in [{low}, {high}]; got {value}")
+
+    def _is_number(self, setting: str, value: Any) -> bool:
+        """Return whether it is one, or note that: in Python no parser has looked at it."""
+        if isinstance(value, int | float):
+            return True
+        self.add(f"{setting} must be a number; got {value!r}")
+        return False
 
     def one_of(self, setting: str, value: str, valid: Iterable[str]) -> None:
         """Note a value that is no valid choice."""

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from grao_lightning.batch import Completions, PromptBatch
 from grao_lightning.callbacks.console import StepProgressBar
 from grao_lightning.callbacks.phase import RareWarning, phase
-from grao_lightning.faults import Faults, NamedSettings
+from grao_lightning.faults import Faults, NamedSettings, UserError
 from grao_lightning.randomness import run_seed
 from grao_lightning.sampling.completions import sample_completions
 from grao_lightning.sampling.draw import Progress, SamplingSettings, Stream, row_uniforms
@@ -83,6 +83,7 @@ class GroupSampling(NamedSettings, Callback):
         self, trainer: Trainer, pl_module: Any, batch: PromptBatch, batch_idx: int
     ) -> None:
         """Sample G completions of every prompt from the policy."""
+        _refuse_others(batch)
         if not pl_module.trains_on_groups:
             return
         with phase(trainer, batch, "sample"):
@@ -95,6 +96,7 @@ class GroupSampling(NamedSettings, Callback):
         self, trainer: Trainer, pl_module: Any, batch: PromptBatch, *_: Any
     ) -> None:
         """Sample one completion of every prompt from the policy and, once, from the base."""
+        _refuse_others(batch)
         if not pl_module.samples:
             return
         with phase(trainer, batch, "sample"):
@@ -160,3 +162,17 @@ class GroupSampling(NamedSettings, Callback):
                 f"sampling.max_new_tokens={self.max_new_tokens}; raise it, or the policy learns "
                 "from unfinished answers"
             )
+
+
+def _refuse_others(batch: Any) -> None:
+    """Refuse batches of a plain loader, in the first of the stages that read one.
+
+    Raises:
+        UserError: It is no `PromptBatch`.
+    """
+    if not isinstance(batch, PromptBatch):
+        raise UserError(
+            "batches must be those of PromptDataModule, which tokenises and orders them; got "
+            f"{type(batch).__name__}: pass datamodule=PromptDataModule(train=rows, ...), where "
+            "rows may be a datasets.Dataset or a list of dicts"
+        )

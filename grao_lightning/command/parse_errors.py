@@ -26,6 +26,8 @@ _TYPES = {
     "NoneType": "null",
 }
 _FORMS = {"RewardSpec": "entries such as {function: my_module.my_reward, weight: 1.0}"}
+_SPECS = ("scoring.rewards", "scoring.judges")
+_FUNCTION = re.compile(r"(?:[\w/-]+\.)+(?:py:)?\w+")  # its name, alone or in brackets or braces
 _KEY = re.compile(r'Parser key "([\w.]+)"')
 _CLASS = re.compile(r"given class_path '([\w.]+)'")
 _UNKNOWN = re.compile(
@@ -59,8 +61,7 @@ def explain(
         arguments: Of the command, to find the config files.
         example: A config that has all that must be set.
     """
-    fault = _config_file_fault(arguments)
-    if fault:
+    if fault := _config_file_fault(arguments):
         return fault
     owner = _owner(message)
     setting = _setting(message, owner)
@@ -75,6 +76,8 @@ def explain(
     if found := _REQUIRED.search(message):
         name = f"{setting}.{found[1]}" if setting else found[1]
         return f"{name} must be set; see {example} for an example"
+    if setting in _SPECS and owner is None and not _NO_CLASS.search(message):
+        return _no_specs(setting, message)
     if found := _NO_SUBCLASS.search(message):
         return f"{setting}.class_path must be a subclass of {found[2]}; got {found[1]}"
     if owner is None and (found := _NO_IMPORT.search(message)):
@@ -83,8 +86,7 @@ def explain(
             return unknown_module(path)
         reason = f"cannot import {path!r}: {found[2] or 'give module.Class'}"
         return f"{setting}.class_path: {_import_fault(path) or reason}"
-    given = _VALUE.search(message)
-    got = f"; got {given[1]}" if given else ""
+    got = f"; got {given[1]}" if (given := _VALUE.search(message)) else ""
     if given and (fault := _class_fault(setting, given[1])):
         return fault
     if found := _NO_CLASS.search(message):
@@ -115,6 +117,15 @@ def _import_fault(path: str) -> str | None:
     except UserError as error:
         return str(error)
     return None
+
+
+def _no_specs(setting: str, message: str) -> str:
+    """Return how reward functions are named, where a config names them as Python may."""
+    value, path = _VALUE.search(message), _NO_IMPORT.search(message)
+    given = (value and value[1]) or (path and (path[1] or path[3])) or ""
+    name = _FUNCTION.search(given)
+    got, fix = f"; got {given}", f": write [{{function: {name[0]}}}]" if name else ""
+    return f"{setting} must be a list of {_FORMS['RewardSpec']}{got if given else ''}{fix}"
 
 
 def unknown_module(name: str) -> str:

@@ -17,6 +17,7 @@ from grao_lightning.callbacks.panels import TensorBoardPanels
 from grao_lightning.callbacks.sampling import GroupSampling
 from grao_lightning.callbacks.scoring import GroupScoring
 from grao_lightning.callbacks.summary import RunSummary
+from grao_lightning.display.logs import drop_needless_notes, show_notes
 from grao_lightning.faults import refuse_unknown
 
 #: What is set unless the user sets it.
@@ -90,6 +91,8 @@ def make_trainer(
     """
     refuse_unknown("make_trainer", Trainer, trainer_settings)
     quiet_notes()
+    drop_needless_notes()
+    show_notes()
     settings = {**TRAINER_DEFAULTS, **trainer_settings}
     if settings.get("logger") in (None, True):
         settings["logger"] = TensorBoardLogger(**LOGGER_DEFAULTS)

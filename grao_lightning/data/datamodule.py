@@ -16,7 +16,12 @@ from torch.utils.data import DataLoader, Dataset
 from grao_lightning.batch import PromptBatch
 from grao_lightning.data.encoding import PromptEncoder, conversation_text
 from grao_lightning.data.formats import HH_TEXT, MESSAGES, PLAIN, Example, parse_rows
-from grao_lightning.data.reading import effect_faults, told_reading, undecided_template
+from grao_lightning.data.reading import (
+    effect_faults,
+    told_reading,
+    undecided_template,
+    unknown_words_fault,
+)
 from grao_lightning.data.sampler import StepBatchSampler
 from grao_lightning.data.templates import template_fault, template_text
 from grao_lightning.data.text_pairs import encoder_for
@@ -226,6 +231,11 @@ class PromptDataModule(NamedSettings, LightningDataModule):
         """Return whether the rows of a split, read by now, have reference answers."""
         return all(row.reference_answer is not None for row in self.examples[split][:1])
 
+    @property
+    def _tells(self) -> bool:
+        """Return whether this device says what it reads: all read the same."""
+        return not (self.trainer and self.trainer.global_rank)
+
     def _forms(self, split: str) -> Counter[str]:
         """Return the rows of a split by how their prompts are written, see `FormatReport`."""
         if split in self._written:
@@ -242,7 +252,7 @@ class PromptDataModule(NamedSettings, LightningDataModule):
             fault = undecided_template(split, written, self.encoder, as_chat=self._as_chat)
             if fault:
                 raise UserError(fault)
-        if self._told or (self.trainer and self.trainer.global_rank):
+        if self._told or not self._tells:
             return
         self._told, split = True, splits[0]
         written, first = self._forms(split), self.examples[split][0]
@@ -251,6 +261,9 @@ class PromptDataModule(NamedSettings, LightningDataModule):
         ):
             rank_zero_warn(fault)
         log.info(told_reading(split, written, self.encoder, first, as_chat=self._as_chat))
+        unknown = unknown_words_fault(split, self.encoder, first)
+        if unknown:
+            rank_zero_warn(unknown)
 
     def read(self, split: str) -> list[Example]:
         """Return the examples of "train" or "validation", read on first use.
@@ -266,7 +279,8 @@ class PromptDataModule(NamedSettings, LightningDataModule):
                 )
             except (ValueError, OSError) as error:
                 raise UserError(f"data.{split}: {error}") from None
-            log.info("data.%s: %s", split, report)
+            if self._tells:
+                log.info("data.%s: %s", split, report)
             if not examples:
                 raise UserError(f"data.{split}: no usable row in {_told(source)}: {report}")
             self._written[split] = report.prompts

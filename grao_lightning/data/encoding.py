@@ -101,6 +101,16 @@ class PromptEncoder:
             self._probe_template(known_eos)
 
     @property
+    def unknown_id(self) -> int | None:
+        """Return the id of words that the tokenizer does not know, None where it spells them."""
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        word = self._tokenizer.unk_token or getattr(
+            getattr(backend, "model", None), "unk_token", None
+        )
+        found: int | None = None if word is None else self._tokenizer.convert_tokens_to_ids(word)
+        return found
+
+    @property
     def template(self) -> str | None:
         """Return the template that makes any conversation the text that this encoder reads."""
         if self._has_template:

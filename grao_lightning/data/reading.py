@@ -46,6 +46,23 @@ def effect_faults(written: Counter[str], *, as_chat: bool, chat_template: str | 
     return faults
 
 
+def unknown_words_fault(split: str, encoder: PromptEncoder, example: Example) -> str | None:
+    """Return that the first prompt is mostly words that the tokenizer does not know.
+
+    As where a small vocabulary, such as that of embedded:keywords, meets other data: all its
+    prompts look alike to the model.
+    """
+    ids = encoder.encode_prompt(example.prompt).ids
+    unknown = ids.count(encoder.unknown_id) if encoder.unknown_id is not None else 0
+    if 2 * unknown <= len(ids):
+        return None
+    return (
+        f"data.{split}: {unknown} of the first prompt's {len(ids)} tokens are unknown to the "
+        "tokenizer, so the model cannot tell such prompts apart; set model.policy (or "
+        "model.backbone) to a model that knows the words"
+    )
+
+
 def told_reading(
     split: str, written: Counter[str], encoder: PromptEncoder, example: Example, *, as_chat: bool
 ) -> str:

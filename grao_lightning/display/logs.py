@@ -10,10 +10,27 @@ def configure_logging() -> None:
     for noisy in ("httpx", "datasets", "transformers", "absl"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.getLogger("huggingface_hub").propagate = False  # it prints its warnings itself
-    # An advertisement, and what the table below it says too, in the middle of the bar.
+    drop_needless_notes()
+
+
+def show_notes() -> None:
+    """Print our own notes in a program that has set up no logging, as Lightning does with its own.
+
+    Such as how prompts become tokens, which nothing else tells.
+    """
+    ours = logging.getLogger(__name__.partition(".")[0])
+    if not ours.hasHandlers():
+        ours.addHandler(logging.StreamHandler())
+        ours.setLevel(logging.INFO)
+        ours.propagate = False  # a later `basicConfig` would print them twice
+
+
+def drop_needless_notes() -> None:
+    """Leave out an advertisement, and in the middle of the bar what the table says too."""
     needless = ("Tip: For seamless", "`Trainer.fit` stopped: `max_steps=")
     notes = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    notes.addFilter(lambda record: not any(part in record.getMessage() for part in needless))
+    if not notes.filters:
+        notes.addFilter(lambda record: not any(part in record.getMessage() for part in needless))
 
 
 def wrapped(text: str) -> str:

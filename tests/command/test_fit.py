@@ -459,6 +459,17 @@ def test_a_value_of_the_wrong_kind_names_setting_rule_and_value(
     assert complaint(changes).startswith(expected)
 
 
+@pytest.mark.parametrize("name", ["mine.kind", "mine.py:kind"])
+@pytest.mark.parametrize("form", [str, lambda name: [name]])
+def test_reward_functions_named_as_in_python_are_told_the_form_of_a_config(
+    complaint, no_model, name, form
+):
+    Path("mine.py").write_text("def kind(completions): ...\n")
+    text = complaint({"scoring.rewards": form(name)})
+    assert text.startswith("scoring.rewards must be a list of entries such as {function: my_module")
+    assert text.endswith(f": write [{{function: {name}}}]")
+
+
 def test_a_section_without_settings_is_named(complaint, no_model):
     text = complaint(
         {"clipping": None, "data": 3, "data.prompts_per_step": 2} and {"clipping": None}

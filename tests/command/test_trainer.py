@@ -1,6 +1,7 @@
 """The Trainer of Python is that of the command line, and a plain one is told what it lacks."""
 
 import json
+import logging
 import re
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from grao_lightning.callbacks.console import StepProgressBar
 from grao_lightning.checks import run_faults
 from grao_lightning.command.fit import run
 from grao_lightning.embedded.base import make_base
+from grao_lightning.faults import UserError
 from tests.runs import SCORE, largest_difference, stages
 
 
@@ -136,6 +138,42 @@ def test_faults_are_told_before_the_data_is_read():
     text = str(caught.value)
     for part in ("faults in the configuration", "./none", "none.jsonl", "GroupScoring"):
         assert part in text
+
+
+def test_numbers_given_as_text_are_told_together():
+    module = GRAOModule(policy="embedded:keywords-random", learning_rate="1e-5")
+    trainer = make_trainer([GroupScoring([SCORE]), GroupSampling(group_size="8")], max_steps=1)
+    with pytest.raises(UserError) as caught:
+        trainer.fit(module, datamodule=PromptDataModule(wrong_reference_share="0.1"))
+    for part in ("learning_rate must be a number; got '1e-5'", "size must be a number; got '8'"):
+        assert part in str(caught.value)
+    assert "wrong_reference_share must be a number; got '0.1'" in str(caught.value)
+
+
+def test_batches_of_a_plain_loader_are_refused():
+    rows = [{"prompt": "apple river", "completion": "apple"}]
+    module = GRAOModule(policy="embedded:keywords-random")
+    with pytest.raises(UserError, match=r"batches must be .*; got dict: pass datamodule=Prompt"):
+        parts().fit(module, torch.utils.data.DataLoader(rows))
+
+
+def test_a_program_without_logging_of_its_own_is_told_how_prompts_are_read(monkeypatch, capsys):
+    ours = logging.getLogger("grao_lightning")
+    for logger in (logging.getLogger(), ours):
+        monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.setattr(ours, "propagate", True)
+    monkeypatch.setattr(ours, "level", logging.NOTSET)
+    for number in (1, 2):
+        parts()
+        PromptDataModule(tokenizer="embedded:keywords").setup("fit")
+        assert capsys.readouterr().err.count("The first one:") == 1, f"with {number} Trainers"
+
+
+def test_a_program_with_logging_of_its_own_is_left_its_settings(monkeypatch):
+    ours, own = logging.getLogger("grao_lightning"), logging.NullHandler()
+    monkeypatch.setattr(logging.getLogger(), "handlers", [own])
+    parts()
+    assert not ours.handlers and ours.propagate and ours.level == logging.NOTSET
 
 
 def test_the_readmes_script_gives_a_model_that_answers(repository, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -105,6 +106,18 @@ def test_of_long_texts_the_middle_is_left_out_and_counted(data, caplog):
     assert len(told(caplog).splitlines()) < 16
 
 
+@pytest.mark.parametrize(("prompt", "number"), [("Kind words cost nothing", 4), ("apple river", 0)])
+def test_prompts_of_unknown_words_are_warned_of(prompt, number):
+    rows = [{"prompt": prompt, "completion": "apple"}]
+    data = PromptDataModule(train=rows, tokenizer="embedded:keywords", prompts_per_step=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        data.setup("fit")
+    (told,) = [str(one.message) for one in caught if "unknown" in str(one.message)] or [""]
+    assert told.startswith(f"data.train: {number} of the first prompt's" if number else "")
+    assert bool(told) == bool(number)
+
+
 def test_quoted_texts_show_what_cannot_be_seen_and_lose_nothing():
     text = "a\tb\\n \n\x1b[31m" + "word " * 40
     lines = quoted("prompt", text).split("\n")
@@ -119,7 +132,7 @@ def test_other_ranks_say_nothing(data, caplog, monkeypatch):
     module = PromptDataModule(tokenizer="embedded:keywords")
     module.trainer = SimpleNamespace(global_rank=1, lightning_module=None)
     module.setup("validate")
-    assert "prompts are read" not in caplog.text
+    assert not any(part in caplog.text for part in ("Read ", "prompts are read"))
 
 
 # -- the form is never chosen in silence -----------------------------------------------------------
