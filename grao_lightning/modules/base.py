@@ -37,6 +37,7 @@ from grao_lightning.modules.step import Mode, StepModule, StepSettings
 from grao_lightning.modules.validation import MetricSet, ValidationMetrics
 from grao_lightning.objectives.advantages import GroupScale, GroupStatistics
 from grao_lightning.objectives.clipping import outward_mask
+from grao_lightning.sampling.trial import decide_alike
 
 WeighFor = Callable[[list[int]], Weigh]  # numbers of a micro-batch's rows -> their tokens' weights
 Beside = Callable[[list[int], TokenLogprobs], Tensor]  # -> loss that is added to the weighted one
@@ -172,6 +173,7 @@ class AlignmentModule(StepModule):
         self.check_vocabulary()
         if self.reference_model_source == "policy":
             self.reference_model = deepcopy(self.policy)
+            decide_alike(self.policy, self.reference_model)
         elif self.reference_model_source is not None:
             self.reference_model = self._loaded("reference_model")
         if self.reference_model is not None:

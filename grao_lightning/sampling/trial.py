@@ -64,15 +64,27 @@ def way_of(model: Any, fastest: Way = SHARED) -> Way:
     device = next(model.parameters()).device.type
     shares = may_share(model) and head_obstacle(model) is None
     key = (type(model), model.config._attn_implementation, device, shares, fastest.name)
-    found: dict[Any, Way] = getattr(model, "_grao_ways", {})
+    if not hasattr(model, "_grao_ways"):
+        model._grao_ways = {}
+    found: dict[Any, Way] = model._grao_ways
     if key not in found:
-        model._grao_ways = found = {**found, key: _try_ways(model, fastest)}
+        found[key] = _try_ways(model, fastest)
     return found[key]
+
+
+def decide_alike(model: Any, copy: Any) -> None:
+    """Let what a trial finds for a model hold for its copy too, and the other way round.
+
+    Args:
+        model: As it was copied.
+        copy: Of its class, with its weights.
+    """
+    model._grao_ways = copy._grao_ways = {}
 
 
 def attention_of(model: Any, way: Way) -> AbstractContextManager[None]:
     """Give a model the attention of a way: ours where prompts are shared, else its own."""
-    return our_attention(model) if way is SHARED else own_attention(model)
+    return our_attention(model) if way == SHARED else own_attention(model)
 
 
 def forget_rows(model: Any, way: Way) -> None:
@@ -152,7 +164,7 @@ def _logits_by_itself(model: Any, prompt: TokenIds, completion: TokenIds) -> Ten
 
 def _obstacle(model: Any, way: Way) -> str | None:
     """Return what is known to be in the way; rows as short as the trial's may not show it."""
-    if way is SHARED:
+    if way == SHARED:
         if not may_share(model):
             return "it was not asked for"
         if next(model.parameters()).device.type != "cpu":
@@ -161,11 +173,11 @@ def _obstacle(model: Any, way: Way) -> str | None:
         return head_obstacle(model) or (None if shares_prompts(model) else obstacle(model))
     config = model.config.get_text_config()
     counting = _COUNTING_LAYERS & set(getattr(config, "layer_types", None) or ())
-    if way is PADDED and counting:
+    if way == PADDED and counting:
         return f"layers of {', '.join(sorted(counting))} count padding"
-    if way is PADDED and counts_positions_itself(model):
+    if way == PADDED and counts_positions_itself(model):
         return "its layers count padding as positions (attn_temperature_tuning)"
-    if way is PADDED and getattr(config, "index_topk", None):
+    if way == PADDED and getattr(config, "index_topk", None):
         return "it selects keys, and ties among them fall otherwise beside padding"
     return None
 
@@ -173,7 +185,7 @@ def _obstacle(model: Any, way: Way) -> str | None:
 def _disagreement(model: Any, way: Way, rows: _Rows) -> str | None:
     """Return how a way's logits differ from those of rows by themselves, None if they do not."""
     try:
-        if way is SHARED and (fault := _fault_of_structure(model, rows)):
+        if way == SHARED and (fault := _fault_of_structure(model, rows)):
             return fault
         found = _logits_of_way(model, way, rows)
     except Exception as error:  # a model may fail in many ways, and every one means: not this way

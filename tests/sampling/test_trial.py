@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from grao_lightning import GRAOModule
 from grao_lightning.faults import UserError
 from grao_lightning.language_model.sharing import share_prompts, shares_prompts
 from grao_lightning.sampling import trial
@@ -50,6 +51,23 @@ def test_a_model_is_tried_once_and_again_when_its_class_or_attention_has_changed
     sample(model, PROMPTS, 2, T)
     sample(model, PROMPTS, 2, T)
     assert len(trials) == 3
+
+
+@pytest.mark.parametrize("name", ["llama", "bart"])
+def test_a_copy_of_a_model_that_was_tried_is_sampled_from_as_the_model_is(name, trials):
+    model = build(name)
+    share_prompts(model)
+    found = sample(model, PROMPTS, 2, T)
+    assert sample(deepcopy(model), PROMPTS, 2, T) == found
+    assert len(trials) == 1
+
+
+def test_a_policy_and_its_frozen_copy_are_tried_once_together(trials):
+    module = GRAOModule(policy="embedded:keywords-weak")
+    module.configure_model()
+    for model in (module.policy, module.reference_model):
+        sample(model, [[1, 2], [3]], 2, 3)
+    assert trials == [module.policy]
 
 
 def test_what_was_not_asked_to_share_prompts_does_not_and_that_is_no_warning(caplog):
