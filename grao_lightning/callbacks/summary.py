@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from grao_lightning.callbacks.scoring import GroupScoring
+from grao_lightning.display.tables import without_nan
 from grao_lightning.display.vocabulary import VALIDATION, Figure
 from grao_lightning.files import write_whole
 from grao_lightning.metrics.outcomes import Estimate
@@ -102,7 +103,7 @@ class RunSummary(Callback):
             "precision": trainer.precision,
             "config": self.config,
         }
-        write_whole(path, json.dumps(summary, indent=2, default=str) + "\n")
+        write_whole(path, json.dumps(without_nan(summary), indent=2, default=str) + "\n")
 
 
 def _of_scores(trainer: Trainer, pl_module: Any) -> dict[str, Any]:

@@ -43,7 +43,8 @@ class FinishedRun:
     @property
     def base_ras(self) -> float:
         """Return RAS of the untrained base, NaN where there is none."""
-        return float(self.summary.get("base_ras", {}).get("value", np.nan))
+        value = self.summary.get("base_ras", {}).get("value")
+        return np.nan if value is None else float(value)
 
     def column(self, name: str) -> np.ndarray:
         """Return a column of the answers, [P] float; NaN where missing."""

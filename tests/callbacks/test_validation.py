@@ -72,7 +72,8 @@ def test_without_a_reference_model_there_is_no_gain_and_no_base(tmp_path):
 
 def test_the_summary_holds_what_validation_found_and_what_the_run_cost(finished):
     module, folder, _ = finished
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = json.loads((folder / "summary.json").read_text(), parse_constant=pytest.fail)
+    assert summary["distinct"]["low"] is None, "JSON has no NaN"
     for name in ("ras", "nag", "reward", "length", "cut_off"):
         assert summary[name] == module.estimates[name]._asdict()
         assert summary[name]["low"] <= summary[name]["value"] <= summary[name]["high"]
