@@ -34,6 +34,8 @@ def frequencies_of(model: Any, length: int) -> int:
 
 def by_frequencies(model: Any, lengths: Sequence[int]) -> list[list[int]]:
     """Return the numbers of texts that may stand in one pass, those of each pass rising."""
+    if not chooses_frequencies(model):
+        return [list(range(len(lengths)))]
     passes: dict[int, list[int]] = {}
     for number, length in enumerate(lengths):
         passes.setdefault(frequencies_of(model, length), []).append(number)
