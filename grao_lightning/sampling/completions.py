@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 
 from grao_lightning.batch import Completions, TokenIds
-from grao_lightning.language_model.positions import check_length, frequencies_of, most_positions
+from grao_lightning.language_model.positions import (
+    check_length,
+    chooses_frequencies,
+    frequencies_of,
+    most_positions,
+)
 from grao_lightning.sampling.draw import Ended, Progress, SamplingSettings, draw_tokens
 from grao_lightning.sampling.trial import attention_of, forget_rows, way_of
 from grao_lightning.sampling.ways import SAME_LENGTH, SHARED, Batch, batches
@@ -72,6 +77,10 @@ def _batches(
     A row that comes to other frequencies while it is decoded does so where ``generate`` does, which
     may read it anew: such rows are left to it, those of one length together.
     """
+    if not chooses_frequencies(model):
+        every = range(len(lengths))
+        yield from batches(way_of(model), every, lengths, group_size, rows_at_once)
+        return
     kinds: dict[tuple[Any, ...], list[int]] = {}
     for number, length in enumerate(lengths):
         first = frequencies_of(model, length)
