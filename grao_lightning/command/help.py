@@ -18,8 +18,6 @@ _SHOWN_BY_DEFAULTS = ("int", "float", "bool", "str", "list")
 _SAYS_SOMETHING = 20  # characters
 _LEFT = 28  # most columns of a name and its default, before what it means moves to the next line
 
-# Where a sentence has said what it is about, and goes on to explain it.
-_ENDS = re.compile(r"; |: | \((?=[A-Za-z]{2})|, (?=such|that|which|see|its|to|on|from|so)")
 
 _SECTIONS = {
     "data": ("Prompts and reference answers", "grao_lightning.PromptDataModule"),

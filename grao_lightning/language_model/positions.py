@@ -85,7 +85,7 @@ def most_positions(model: Any) -> int | None:
     for name, table in [*model.named_parameters(), *model.named_buffers()]:
         # Some tables start to count behind the padding token or at 2.
         if ("pos" in name or "wpe" in name) and table.dim() > 1 and 0 <= len(table) - most <= 8:
-            return int(most) - _first_position(model)
+            return int(most) - first_position(model)
     return None
 
 
@@ -119,7 +119,7 @@ def check_length(model: Any, longest: int) -> None:
         )
 
 
-def _first_position(model: Any) -> int:
+def first_position(model: Any) -> int:
     """Return where a table of positions starts to count: behind padding in RoBERTa's kin."""
     for name, part in model.named_modules():
         padding = getattr(part, "padding_idx", None)

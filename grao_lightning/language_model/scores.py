@@ -22,7 +22,7 @@ from torch import Tensor
 from grao_lightning.batch import TokenRow
 from grao_lightning.language_model.logprobs import at_least_float32, split_padded
 from grao_lightning.language_model.packing import split_into_packs
-from grao_lightning.language_model.positions import check_length
+from grao_lightning.language_model.positions import check_length, first_position
 from grao_lightning.language_model.sharing import shares_prompts
 from grao_lightning.language_model.states import Way, answer_states, decoder_reader
 
@@ -106,12 +106,7 @@ def most_tokens(model: Any) -> int | None:
     """Return how many tokens a row may have at most, None where the configuration does not tell."""
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
-    if positions is None:
-        return None
-    # RoBERTa and its kin start to count behind the padding token's id.
-    table = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
-    offset = getattr(table, "padding_idx", None)
-    return int(positions) - (0 if offset is None else offset + 1)
+    return None if positions is None else int(positions) - first_position(model)
 
 
 def _last_states(model: Any, rows: Sequence[TokenRow]) -> Tensor:
