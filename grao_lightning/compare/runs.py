@@ -60,7 +60,7 @@ def carry_out(
     pool = ProcessPoolExecutor(
         jobs, mp_context=get_context("spawn"), initializer=_prepare, initargs=(threads,)
     )
-    with pool, _ending_workers(pool):
+    with pool, _ending_workers():
         order = list(waiting)
         futures = {
             pool.submit(_work, waiting[name], output, keep_checkpoints): name for name in order
@@ -79,13 +79,16 @@ def carry_out(
 
 
 @contextlib.contextmanager
-def _ending_workers(pool: ProcessPoolExecutor) -> Iterator[None]:
-    """End the workers when this process is asked to stop, after a moment to save their step."""
+def _ending_workers() -> Iterator[None]:
+    """End the workers when this process is asked to stop, after a moment to save their step.
+
+    The pool finds its workers dead and gives up what waits. Its own ``__exit__`` shuts it down: a
+    shutdown that does not wait has the interpreter's end race with the pool's thread.
+    """
     stopping.before_dying(_kill_workers)
     try:
         yield
     except Stopped:
-        pool.shutdown(wait=False, cancel_futures=True)
         for worker in active_children():
             worker.terminate()
         latest = time.monotonic() + _SECONDS_TO_SAVE
