@@ -19,9 +19,9 @@ from grao_lightning.language_model.positions import check_length
 from grao_lightning.language_model.sharing import padding_is_exact, shares_prompts
 from grao_lightning.language_model.states import (
     Way,
-    answer_states,
     decoder_reader,
     logits_reader,
+    states_and_targets,
 )
 from grao_lightning.language_model.trial import decoder_of
 
@@ -34,8 +34,7 @@ class TokenLogprobs:
         loss: Scalar ``-sum_t w_t log pi(t)``, with a gradient; 0 without weights.
         flat: [K] nats.
         entropy: [K] nats, of the whole next-token distribution.
-        row: [K] long, the row each token belongs to.
-        lengths: [R] long, answer tokens of each row.
+        lengths: R numbers, answer tokens of each row.
         states: [K, H] from which each token was predicted, with a gradient; None where the model's
             head is unknown.
     """
@@ -43,13 +42,12 @@ class TokenLogprobs:
     loss: Tensor
     flat: Tensor
     entropy: Tensor
-    row: Tensor
-    lengths: Tensor
+    lengths: list[int]
     states: Tensor | None
 
     def by_row(self) -> list[Tensor]:
         """Return one [T] tensor a row."""
-        return list(self.flat.split(self.lengths.tolist()))
+        return list(self.flat.split(self.lengths))
 
 
 @dataclass(frozen=True)
@@ -83,20 +81,17 @@ def token_logprobs(
         weigh_rows: Whether a token's weight depends on other tokens: ``weigh`` is then called once,
             with all of them, and the head is computed twice.
     """
-    device = next(model.parameters()).device
-    lengths = torch.tensor([len(row.answer_ids) for row in rows], device=device)
-    row = torch.arange(len(rows), device=device).repeat_interleave(lengths)
-    targets = torch.tensor([token for row in rows for token in row.answer_ids], device=device)
+    lengths = [len(row.answer_ids) for row in rows]
     head = head_of(model)
     read = logits_reader(model) if head is None else decoder_reader(decoder_of(model))
     way: Way = "packed" if _packs(model) else "padded"
     if way == "padded" and not padding_is_exact(model, read):
         way = "one by one"
     check_length(model, max(map(len, rows)))
-    states = answer_states(model, rows, way, read)
+    states, targets = states_and_targets(model, rows, way, read)
     if head is None:
         loss, flat, entropy = _full_loss(states, targets, temperature, weigh)
-        return TokenLogprobs(loss, flat, entropy, row, lengths, None)
+        return TokenLogprobs(loss, flat, entropy, lengths, None)
     if weigh is not None and weigh_rows:
         _, flat, _ = head_loss(states.detach(), head, targets, temperature, None)
         weights = weigh(slice(0, len(targets)), flat)
@@ -105,7 +100,7 @@ def token_logprobs(
         )
     else:
         loss, flat, entropy = head_loss(states, head, targets, temperature, weigh)
-    return TokenLogprobs(loss, flat, entropy, row, lengths, states)
+    return TokenLogprobs(loss, flat, entropy, lengths, states)
 
 
 def frozen_logprobs(
