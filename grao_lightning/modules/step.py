@@ -10,7 +10,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from grao_lightning.batch import PromptBatch
-from grao_lightning.checks import check_run
 from grao_lightning.data.templates import template_change
 from grao_lightning.faults import Faults, NamedSettings, UserError
 from grao_lightning.language_model.frozen import FrozenModel
@@ -23,6 +22,7 @@ from grao_lightning.language_model.tokenizing import (
     tokenizer_of,
 )
 from grao_lightning.metrics.outcomes import Estimate
+from grao_lightning.modules.checks import check_run
 from grao_lightning.modules.optimizer import MasterWeightsAdamW
 from grao_lightning.modules.settings import show_settings
 
