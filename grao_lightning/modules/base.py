@@ -12,11 +12,12 @@ from typing_extensions import Unpack
 from grao_lightning.batch import PromptBatch, TokenRow
 from grao_lightning.callbacks.scoring import GroupScoring
 from grao_lightning.faults import Faults
+from grao_lightning.language_model.adapters import BeforeTraining
+from grao_lightning.language_model.fingerprint import fingerprint
 from grao_lightning.language_model.frozen import FrozenModel, bare
 from grao_lightning.language_model.head import Weigh
 from grao_lightning.language_model.loading import (
     ModelSource,
-    fingerprint,
     load_model,
     model_fault,
     source_name,
@@ -60,11 +61,12 @@ class AlignmentModule(StepModule):
     Subclasses write ``training_step`` and call `ascend` and `finish_step` in it.
 
     Args:
-        policy: Model to train: hub name, folder, ``.gguf`` file or ``embedded:keywords``. In Python
-            also a loaded model of transformers, which is trained in place.
+        policy: Model to train: hub name, folder, ``.gguf`` file or ``embedded:keywords``; or
+            the folder of an adapter (peft), which ``lora`` trains on, and which is merged into its
+            model without. In Python also a loaded model of transformers, trained in place.
         reference_model: Frozen model for drift, clipping and NAG's untrained base: "policy" (a copy
-            of the policy before training), another source or, in Python, model, or null (none of
-            these then).
+            of the policy before training; with ``lora`` the policy itself without what is trained),
+            another source or, in Python, model, or null (none of these then).
         logprob_temperature: Divides the logits in training. 1 trains the policy itself, whatever
             temperature samples it.
         ties_as: What a tie counts as in RAS: win, half or loss.
@@ -172,30 +174,39 @@ class AlignmentModule(StepModule):
         self.own_tokenizer()
         self.policy = self._loaded("policy")
         self.check_vocabulary()
-        if self.reference_model_source == "policy":
-            copied = deepcopy(self.policy)
-            decide_alike(self.policy, copied)
-            self.reference_model = FrozenModel(copied)
-        elif self.reference_model_source is not None:
-            self.reference_model = FrozenModel(self._loaded("reference_model"))
+        self.adapt(self.policy)
+        tell_dropout(self.policy)
+        self.reference_model = self._frozen_model()
         if self.gradient_checkpointing:
             self.policy.gradient_checkpointing_enable({"use_reentrant": False})
         if not all(isinstance(source, str | None) for source in self._sources.values()):
             self._fingerprint = fingerprint(bare(self.reference_model or self.policy))
 
+    def _frozen_model(self) -> FrozenModel | None:
+        """Return the reference model: the policy before training is within one with adapters."""
+        if self.reference_model_source is None:
+            return None
+        if self.reference_model_source != "policy":
+            return FrozenModel(self._loaded("reference_model"))
+        if self.adapters is not None:
+            return BeforeTraining(self.policy, self.adapters.start)
+        copied = deepcopy(self.policy)
+        decide_alike(self.policy, copied)
+        return FrozenModel(copied)
+
     def _loaded(self, name: str) -> Any:
         """Return the model of a setting, with the attention asked for."""
         source, asked = self._sources[name], self.attn_implementation
+        if name == "policy" and self.lora is not None:
+            source = self.base_source  # its adapters are no part of it
         if isinstance(source, str):
-            options = {"attn_implementation": asked} if asked else {}
+            options: dict[str, Any] = {"attn_implementation": asked} if asked else {}
             model = load_model(f"model.{name}", source, **options)
         else:
             model = source
             if asked or shares_prompts(model):  # as an earlier module left it
                 model.set_attn_implementation(asked or "sdpa")
         silence_router_losses(model)
-        if name == "policy":
-            tell_dropout(model)
         # An attention that was asked for stays: sharing prompts would replace it.
         if self.share_prompts and asked is None:
             share_prompts(model)

@@ -45,9 +45,10 @@ class RewardModule(StepModule):
 
     Args:
         backbone: Model whose states are scored: hub name, folder, ``.gguf`` file or
-            ``embedded:keywords``. A reward model goes on being trained; the head of anything else
-            starts from small random numbers that depend on the seed alone. In Python also a loaded
-            sequence classification model of one label, which is trained in place.
+            ``embedded:keywords``, or the folder of an adapter (peft). A reward model goes on being
+            trained; the head of anything else starts from small random numbers that depend on the
+            seed alone. In Python also a loaded sequence classification model of one label, which is
+            trained in place.
         margin: Log-odds by which the chosen answer must lead before a pair counts as told.
         margin_column: Column of the data that holds each pair's own margin; null = none.
         label_smoothing: Share of pairs thought to be labelled the wrong way round, in [0, 0.5).
@@ -90,6 +91,11 @@ class RewardModule(StepModule):
     def trained_model(self) -> Any:
         """Return the reward model."""
         return self.reward_model
+
+    @property
+    def drops_out(self) -> bool:
+        """Return whether our settings ask for dropout in training."""
+        return self.dropout or super().drops_out
 
     @property
     def validation_monitor(self) -> tuple[str, Mode]:
@@ -140,7 +146,7 @@ class RewardModule(StepModule):
         if self.reward_model is not None:
             return
         self.own_tokenizer()
-        self.reward_model = self._loaded()
+        self.reward_model, made_up = self._loaded()
         self.check_vocabulary()
         reading = reading_of(self.reward_model)
         # An attention that was asked for stays: sharing prompts would replace it.
@@ -150,22 +156,25 @@ class RewardModule(StepModule):
             for part in self.reward_model.modules():
                 if isinstance(part, torch.nn.Dropout):
                     part.p = 0.0
+        self.adapt(self.reward_model, made_up)
         if self.gradient_checkpointing:
             self.reward_model.gradient_checkpointing_enable({"use_reentrant": False})
 
-    def _loaded(self) -> Any:
-        """Return the model, with the attention asked for."""
+    def _loaded(self) -> tuple[Any, list[str]]:
+        """Return the model, with the attention asked for, and the weights that are random."""
         source, asked = self._sources["backbone"], self.attn_implementation
+        if self.lora is not None:
+            source = self.base_source  # its adapters are no part of it
         if not isinstance(source, str):
             if asked or shares_prompts(source):  # as an earlier module left it
                 source.set_attn_implementation(asked or "sdpa")
-            return source
+            return source, []
         options: dict[str, Any] = {"num_labels": 1}
         if asked:
             options["attn_implementation"] = asked
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run_seed())  # of the new head, on every rank and in every run
-            return load_classifier("model.backbone", source, **options)[0]
+            return load_classifier("model.backbone", source, **options)
 
     def on_fit_start(self) -> None:
         """Put the model in training mode, and say what has no effect."""
@@ -187,9 +196,6 @@ class RewardModule(StepModule):
         """Take one step on a batch of pairs."""
         rows, margins = self.rows(batch), self._margins(batch)
         total = self.global_sum(len(rows) / 2)
-        if self.dropout:  # a function of seed, step and rank, so that a resumed run goes on alike
-            seeds = (run_seed(), self.trainer.global_step, self.global_rank)
-            torch.manual_seed(hash(seeds) % 2**63)
         micro_batches = self._micro_batches(rows)
         scores = torch.empty(len(rows), dtype=torch.double)
         for at, numbers in enumerate(micro_batches, start=1):
