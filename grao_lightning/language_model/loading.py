@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grao_lightning.faults import UserError
+from grao_lightning.language_model.sharded import Sharding, own_shards
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -121,12 +122,13 @@ def first_mismatch(error: RuntimeError) -> str:
     return next((line for line in lines[1:] if line), lines[0])
 
 
-def load_model(setting: str, source: str, **options: Any) -> Any:
+def load_model(setting: str, source: str, sharding: Sharding | None = None, **options: Any) -> Any:
     """Return a Hugging Face causal language model in float32.
 
     Args:
         setting: Name of the setting, for messages.
         source: Hub name, folder, ``.gguf`` file or ``embedded:keywords``.
+        sharding: How the weights are dealt out over ranks, in a precision of its own; None: not.
         options: For ``from_pretrained``.
 
     Raises:
@@ -136,7 +138,10 @@ def load_model(setting: str, source: str, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     options.setdefault("dtype", torch.float32)
-    return _plain(source, _load(setting, source, AutoModelForCausalLM, **options))
+    if sharding is not None:
+        options |= sharding.options()
+    model = _plain(source, _load(setting, source, AutoModelForCausalLM, **options))
+    return model if sharding is None else own_shards(model, sharding)
 
 
 def load_classifier(setting: str, source: str, **options: Any) -> tuple[Any, list[str]]:

@@ -23,6 +23,7 @@ from grao_lightning.batch import TokenRow
 from grao_lightning.language_model.logprobs import at_least_float32, split_padded
 from grao_lightning.language_model.packing import split_into_packs
 from grao_lightning.language_model.positions import check_length, first_position
+from grao_lightning.language_model.sharded import device_of
 from grao_lightning.language_model.sharing import shares_prompts
 from grao_lightning.language_model.states import Way, answer_states, decoder_reader
 
@@ -120,7 +121,7 @@ def _last_states(model: Any, rows: Sequence[TokenRow]) -> Tensor:
 
 
 def _masked_inputs(model: Any, rows: Sequence[TokenRow]) -> dict[str, Tensor]:
-    device = next(model.parameters()).device
+    device = device_of(model)
     width = max(map(len, rows))
     pad = model.config.get_text_config().pad_token_id or 0
     inputs = {
@@ -141,9 +142,7 @@ def _alone(model: Any, row: TokenRow) -> Tensor:
     own = config.pad_token_id
     config.pad_token_id = None  # else the last token would not count where it is this one
     try:
-        ids = torch.tensor(
-            [row.prompt_ids + row.answer_ids], device=next(model.parameters()).device
-        )
+        ids = torch.tensor([row.prompt_ids + row.answer_ids], device=device_of(model))
         return at_least_float32(model(input_ids=ids).logits)
     finally:
         config.pad_token_id = own
@@ -155,7 +154,7 @@ def _scores_last_token(model: Any) -> bool:
     was_training = model.training
     model.eval()
     try:
-        device = next(model.parameters()).device
+        device = device_of(model)
         expected = _alone(model, TokenRow([1, 2], [3, 4]))
         longer = torch.tensor([[1, 2, 3, 4, 5, 6]], device=device)
         states = model.base_model(input_ids=longer, use_cache=False).last_hidden_state
