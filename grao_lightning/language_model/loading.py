@@ -144,12 +144,15 @@ def load_model(setting: str, source: str, sharding: Sharding | None = None, **op
     return model if sharding is None else own_shards(model, sharding)
 
 
-def load_classifier(setting: str, source: str, **options: Any) -> tuple[Any, list[str]]:
+def load_classifier(
+    setting: str, source: str, sharding: Sharding | None = None, **options: Any
+) -> tuple[Any, list[str]]:
     """Return a Hugging Face sequence classification model in float32, and what it had to make up.
 
     Args:
         setting: Name of the setting, for messages.
         source: Hub name, folder, ``.gguf`` file or ``embedded:keywords``.
+        sharding: How the weights are dealt out over ranks, in a precision of its own; None: not.
         options: For ``from_pretrained``, such as ``num_labels``.
 
     Returns:
@@ -163,6 +166,8 @@ def load_classifier(setting: str, source: str, **options: Any) -> tuple[Any, lis
     from transformers import AutoModelForSequenceClassification
 
     options.setdefault("dtype", torch.float32)
+    if sharding is not None:
+        options |= sharding.options()
     # What is missing is returned: the report on it would be noise where a head is to be trained.
     reporter = logging.getLogger("transformers.modeling_utils")
     level = reporter.level
@@ -173,7 +178,10 @@ def load_classifier(setting: str, source: str, **options: Any) -> tuple[Any, lis
         )
     finally:
         reporter.setLevel(level)
-    return _plain(source, model), sorted(report["missing_keys"])
+    model = _plain(source, model)
+    if sharding is not None:
+        own_shards(model, sharding)
+    return model, sorted(report["missing_keys"])
 
 
 def _plain(source: str, model: Any) -> Any:
