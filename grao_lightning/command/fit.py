@@ -25,7 +25,6 @@ from grao_lightning.callbacks.sampling import GroupSampling
 from grao_lightning.callbacks.scoring import GroupScoring
 from grao_lightning.callbacks.stopping import Stopped
 from grao_lightning.callbacks.summary import RunSummary
-from grao_lightning.checks import run_faults
 from grao_lightning.command.help import chosen_module, help_text, trainer_text
 from grao_lightning.command.parse_errors import explain
 from grao_lightning.command.resume import resume_advice
@@ -41,6 +40,7 @@ from grao_lightning.display.logs import configure_logging
 from grao_lightning.faults import Faults, UserError
 from grao_lightning.language_model.checkpoints import checkpoint_fault
 from grao_lightning.modules import MODULES
+from grao_lightning.modules.checks import run_faults
 from grao_lightning.modules.step import StepModule
 from grao_lightning.rewards.importing import own_modules_note
 

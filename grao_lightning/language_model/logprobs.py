@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from grao_lightning.batch import TokenRow
+from grao_lightning.language_model.frozen import bare, inside
 from grao_lightning.language_model.head import Weigh, head_loss, head_of
 from grao_lightning.language_model.packing import riders, split_into_packs
 from grao_lightning.language_model.positions import check_length
@@ -76,13 +77,19 @@ def token_logprobs(
     """Return log pi(answer token | what stands before it) for every answer token of every row.
 
     Args:
-        model: A Hugging Face causal language model.
+        model: A Hugging Face causal language model, or a `FrozenModel`.
         rows: R prompts with their answers; no answer may be empty.
         temperature: Divides the logits; 1 is the policy itself.
         weigh: (slice of [K], their log-probabilities) -> weight of each token in the loss.
         weigh_rows: Whether a token's weight depends on other tokens: ``weigh`` is then called once,
             with all of them, and the head is computed twice.
     """
+    return inside(model, lambda model: _token_logprobs(model, rows, temperature, weigh, weigh_rows))
+
+
+def _token_logprobs(
+    model: Any, rows: Sequence[TokenRow], temperature: float, weigh: Weigh | None, weigh_rows: bool
+) -> TokenLogprobs:
     device = next(model.parameters()).device
     lengths = torch.tensor([len(row.answer_ids) for row in rows], device=device)
     row = torch.arange(len(rows), device=device).repeat_interleave(lengths)
@@ -114,7 +121,7 @@ def frozen_logprobs(
     """Return one [T] tensor a row, without gradients, micro-batch by micro-batch.
 
     Args:
-        model: A Hugging Face causal language model.
+        model: A Hugging Face causal language model, or a `FrozenModel`.
         rows: R prompts with their answers.
         budget: Most tokens of a micro-batch.
         temperature: Divides the logits.
@@ -132,7 +139,7 @@ def frozen_passes(
     """Yield row numbers and what the model says of these rows, without gradients.
 
     Args:
-        model: A Hugging Face causal language model.
+        model: A Hugging Face causal language model, or a `FrozenModel`.
         rows: R prompts with their answers.
         budget: Most tokens of a micro-batch.
         temperature: Divides the logits.
@@ -210,7 +217,8 @@ def split_padded(rows: Sequence[TokenRow], numbers: Sequence[int], budget: int) 
 
 
 def _packs(model: Any) -> bool:
-    return shares_prompts(model) and head_of(model) is not None
+    hugging_face = bare(model)
+    return shares_prompts(hugging_face) and head_of(hugging_face) is not None
 
 
 def _packed_size(rows: Sequence[TokenRow]) -> int:

@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 from grao_lightning.batch import PromptBatch, TokenRow
 from grao_lightning.callbacks.scoring import GroupScoring
 from grao_lightning.faults import Faults
+from grao_lightning.language_model.frozen import FrozenModel, bare
 from grao_lightning.language_model.head import Weigh
 from grao_lightning.language_model.loading import (
     ModelSource,
@@ -172,16 +173,15 @@ class AlignmentModule(StepModule):
         self.policy = self._loaded("policy")
         self.check_vocabulary()
         if self.reference_model_source == "policy":
-            self.reference_model = deepcopy(self.policy)
-            decide_alike(self.policy, self.reference_model)
+            copied = deepcopy(self.policy)
+            decide_alike(self.policy, copied)
+            self.reference_model = FrozenModel(copied)
         elif self.reference_model_source is not None:
-            self.reference_model = self._loaded("reference_model")
-        if self.reference_model is not None:
-            self.reference_model.requires_grad_(False).eval()
+            self.reference_model = FrozenModel(self._loaded("reference_model"))
         if self.gradient_checkpointing:
             self.policy.gradient_checkpointing_enable({"use_reentrant": False})
         if not all(isinstance(source, str | None) for source in self._sources.values()):
-            self._fingerprint = fingerprint(self.reference_model or self.policy)
+            self._fingerprint = fingerprint(bare(self.reference_model or self.policy))
 
     def _loaded(self, name: str) -> Any:
         """Return the model of a setting, with the attention asked for."""
@@ -201,11 +201,11 @@ class AlignmentModule(StepModule):
             share_prompts(model)
         return model
 
-    def train(self, mode: bool = True) -> "AlignmentModule":
-        """Set the mode of the policy; the reference model always evaluates."""
-        super().train(mode)
+    def _apply(self, fn: Any, recurse: bool = True) -> "AlignmentModule":
+        """Move and cast the reference model along, which is no part of the module tree."""
+        super()._apply(fn, recurse)
         if self.reference_model is not None:
-            self.reference_model.eval()
+            self.reference_model.follow(fn)
         return self
 
     # -- one step ----------------------------------------------------------------------------------
@@ -317,17 +317,14 @@ class AlignmentModule(StepModule):
     # -- checkpoints -------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the reference model out: it is loaded from its source again."""
+        """Keep the counters; the reference model is loaded from its source again."""
         super().on_save_checkpoint(checkpoint)
-        state = checkpoint["state_dict"]
-        for name in [name for name in state if name.startswith("reference_model.")]:
-            del state[name]
         checkpoint["num_sampled_tokens"] = self.num_sampled_tokens
         if self._fingerprint:
             checkpoint["reference_model_fingerprint"] = self._fingerprint
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the counters; see `load_state_dict` for the weights."""
+        """Restore the counters; see `StepModule.load_state_dict` for the weights."""
         super().on_load_checkpoint(checkpoint)
         self.num_sampled_tokens = checkpoint.get("num_sampled_tokens", 0)
         before = checkpoint.get("reference_model_fingerprint", self._fingerprint)
@@ -337,13 +334,6 @@ class AlignmentModule(StepModule):
                 "and NAG are measured from another: hand over the base as it was before training "
                 "(a model that was handed over is trained in place)"
             )
-
-    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Load the policy; the reference model keeps the weights of its own source."""
-        if self.reference_model is not None:
-            own = self.reference_model.state_dict(prefix="reference_model.")
-            state_dict = {**own, **state_dict}
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
 
 class RowLogprobs:

@@ -7,12 +7,12 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from grao_lightning.batch import PromptBatch, TokenRow
-from grao_lightning.checks import check_pairs
 from grao_lightning.faults import Faults
 from grao_lightning.language_model.head import Weigh, weigh_by_gradient
 from grao_lightning.language_model.logprobs import frozen_logprobs, split_together
 from grao_lightning.metrics.outcomes import MeanWithInterval, ShareWithInterval
 from grao_lightning.modules.base import AlignmentModule, AlignmentSettings
+from grao_lightning.modules.checks import check_pairs
 from grao_lightning.modules.step import Charts
 from grao_lightning.modules.validation import MetricSet
 from grao_lightning.objectives.dpo import DPOKind, DPOSettings, dpo_loss

@@ -8,7 +8,6 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from grao_lightning.batch import PromptBatch, TokenRow
-from grao_lightning.checks import check_pairs
 from grao_lightning.faults import Faults, UserError
 from grao_lightning.language_model.loading import (
     ModelSource,
@@ -27,6 +26,7 @@ from grao_lightning.language_model.scores import (
 from grao_lightning.language_model.sharing import share_prompts, shares_prompts
 from grao_lightning.metrics.outcomes import Estimate
 from grao_lightning.metrics.pairs import PairMetrics, ReliabilityBin
+from grao_lightning.modules.checks import check_pairs
 from grao_lightning.modules.step import Charts, Mode, StepModule, StepSettings
 from grao_lightning.objectives.bradley_terry import BradleyTerrySettings, bradley_terry_loss
 from grao_lightning.randomness import run_seed

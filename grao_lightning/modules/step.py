@@ -10,9 +10,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from grao_lightning.batch import PromptBatch
-from grao_lightning.checks import check_run
 from grao_lightning.data.templates import template_change
 from grao_lightning.faults import Faults, NamedSettings, UserError
+from grao_lightning.language_model.frozen import FrozenModel
 from grao_lightning.language_model.kept import packed_source
 from grao_lightning.language_model.loading import ModelSource, eos_ids, first_mismatch, source_name
 from grao_lightning.language_model.tokenizing import (
@@ -22,6 +22,7 @@ from grao_lightning.language_model.tokenizing import (
     tokenizer_of,
 )
 from grao_lightning.metrics.outcomes import Estimate
+from grao_lightning.modules.checks import check_run
 from grao_lightning.modules.optimizer import MasterWeightsAdamW
 from grao_lightning.modules.settings import show_settings
 
@@ -123,7 +124,7 @@ class StepModule(NamedSettings, LightningModule):
         self.attn_implementation = attn_implementation
         self.share_prompts = share_prompts
         self.reference_model_source: str | None = None
-        self.reference_model: Any = None
+        self.reference_model: FrozenModel | None = None
         self.tokenizer: Any = None  # once `own_tokenizer` has loaded it
         self.validation_metrics: Any = None
         self.num_sampled_tokens = 0
