@@ -3,7 +3,6 @@
 import hashlib
 import logging
 import sys
-import zipfile
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,25 +93,6 @@ def source_fault(setting: str, source: str) -> str | None:
             f"{setting}: no such folder: {source}; give a folder that save_pretrained wrote, a "
             ".gguf file, a hub name (organisation/name) or embedded:keywords"
         )
-    return None
-
-
-def checkpoint_fault(setting: str, source: str) -> str | None:
-    """Return what is wrong with a checkpoint as far as can be told without loading it."""
-    path = Path(source).expanduser()
-    if not path.is_file():
-        return (
-            f"{setting}: no such file: {source}; give a checkpoint of grao fit, such as "
-            "runs/version_0/checkpoints/last.ckpt"
-        )
-    try:
-        # The list of contents comes last, so a file that is cut off does not open.
-        with zipfile.ZipFile(path) as archive:
-            outlines = [archive.read(name) for name in archive.namelist() if "data.pkl" in name]
-    except zipfile.BadZipFile:
-        outlines = []
-    if not any(b"pytorch-lightning_version" in outline for outline in outlines):
-        return f"{setting}: {source} is no checkpoint of grao fit, or is cut off; give a whole one"
     return None
 
 
