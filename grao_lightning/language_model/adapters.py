@@ -157,6 +157,12 @@ def base_fingerprint(model: Any, quantize: Quantize | None, made_up: Collection[
     return fingerprint(model, without={*made_up, *linear})
 
 
+def lasting(source: str) -> str:
+    """Return a source as another folder may name it: of a local one the whole path."""
+    path = Path(source).expanduser()
+    return str(path.resolve()) if path.exists() else source
+
+
 # -- a model and its adapters ----------------------------------------------------------------------
 
 
@@ -207,6 +213,21 @@ class Adapters:
                 setting = f"model.lora.{_SETTINGS.get(name, 'target_modules')}"
                 return f"{setting} must be {theirs}, as in the checkpoint; got {ours}"
         return None
+
+    def load(self, weights: dict[str, Any]) -> None:
+        """Take the adapters' weights, by their names in the model, and those trained along.
+
+        Raises:
+            UserError: They are not those of these adapters.
+        """
+        model = self.peft.get_base_model()
+        own = {name for name, value in model.named_parameters() if value.requires_grad}
+        if own != set(weights):
+            name = sorted(own ^ set(weights))[0]
+            raise UserError(
+                f"--ckpt_path: the adapter's weights are not those of its settings: {name}"
+            )
+        model.load_state_dict(weights, strict=False)
 
     def save(self, folder: Path, base: str | None) -> None:
         """Write an adapter folder that peft loads.

@@ -14,7 +14,7 @@ from grao_lightning.callbacks.scoring import GroupScoring
 from grao_lightning.faults import Faults
 from grao_lightning.language_model.adapters import BeforeTraining
 from grao_lightning.language_model.fingerprint import fingerprint
-from grao_lightning.language_model.frozen import FrozenModel, bare
+from grao_lightning.language_model.frozen import FrozenModel, bare, inside
 from grao_lightning.language_model.head import Weigh
 from grao_lightning.language_model.loading import (
     ModelSource,
@@ -25,6 +25,7 @@ from grao_lightning.language_model.loading import (
 from grao_lightning.language_model.logprobs import (
     MicroBatch,
     TokenLogprobs,
+    evened_out,
     split_by_tokens,
     token_logprobs,
 )
@@ -175,7 +176,8 @@ class AlignmentModule(StepModule):
         self.policy = self._loaded("policy")
         self.check_vocabulary()
         self.adapt(self.policy)
-        tell_dropout(self.policy)
+        with torch.no_grad():
+            inside(self.policy, tell_dropout)
         self.reference_model = self._frozen_model()
         if self.gradient_checkpointing:
             self.policy.gradient_checkpointing_enable({"use_reentrant": False})
@@ -190,7 +192,8 @@ class AlignmentModule(StepModule):
             return FrozenModel(self._loaded("reference_model"))
         if self.adapters is not None:
             return BeforeTraining(self.policy, self.adapters.start)
-        copied = deepcopy(self.policy)
+        # Parts on several ranks cannot be copied.
+        copied = self._loaded("policy") if self.sharding else deepcopy(self.policy)
         decide_alike(self.policy, copied)
         return FrozenModel(copied)
 
@@ -201,16 +204,23 @@ class AlignmentModule(StepModule):
             source = self.base_source  # its adapters are no part of it
         if isinstance(source, str):
             options: dict[str, Any] = {"attn_implementation": asked} if asked else {}
-            model = load_model(f"model.{name}", source, **options)
+            model = load_model(f"model.{name}", source, self.sharding, **options)
         else:
             model = source
             if asked or shares_prompts(model):  # as an earlier module left it
                 model.set_attn_implementation(asked or "sdpa")
         silence_router_losses(model)
-        # An attention that was asked for stays: sharing prompts would replace it.
-        if self.share_prompts and asked is None:
-            share_prompts(model)
+        with torch.no_grad():
+            inside(model, self._try_out)
         return model
+
+    def _try_out(self, model: Any) -> None:
+        """Find by trial how a model can be read."""
+        # An attention that was asked for stays: sharing prompts would replace it.
+        if self.share_prompts and self.attn_implementation is None:
+            share_prompts(model)
+        if self.sharding is not None:  # in the midst of a pass ranks could not try it
+            token_logprobs(model, [])
 
     def _apply(self, fn: Any, recurse: bool = True) -> "AlignmentModule":
         """Move and cast the reference model along, which is no part of the module tree."""
@@ -269,26 +279,25 @@ class AlignmentModule(StepModule):
             micro_batches: Each row in one of them.
             weigh_for: Gives the weights of a micro-batch's tokens, treated as constants.
             weigh_rows: Whether a token's weight depends on other tokens of the micro-batch.
-            beside: Further loss on a micro-batch, such as the value's.
+            beside: Further loss on a micro-batch, such as the value's; also on one without rows.
         """
         collected = RowLogprobs(len(rows))
+        micro_batches = evened_out(self.policy, micro_batches)
         for at, micro_batch in enumerate(micro_batches, start=1):
             numbers = micro_batch.numbers
+            weighs = micro_batch.needs_gradient and numbers
             with torch.set_grad_enabled(micro_batch.needs_gradient):
                 computed = token_logprobs(
                     self.policy,
                     [rows[number] for number in numbers],
                     temperature=self.logprob_temperature,
-                    weigh=weigh_for(numbers) if micro_batch.needs_gradient else None,
+                    weigh=weigh_for(numbers) if weighs else None,
                     weigh_rows=weigh_rows,
                 )
             collected.add(numbers, computed)
             if micro_batch.needs_gradient:
                 loss = computed.loss + (0.0 if beside is None else beside(numbers, computed))
                 self.backward_part(loss, is_last=at == len(micro_batches))
-        if not any(part.needs_gradient for part in micro_batches):
-            # Ranks must meet in the same collectives, signal or not.
-            self.backward_part(sum(p.sum() * 0.0 for p in self._trained()), is_last=True)
         return collected
 
     def _weigh(
