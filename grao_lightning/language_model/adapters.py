@@ -20,6 +20,7 @@ from typing_extensions import final
 from grao_lightning.faults import Faults, NamedSettings, UserError, extra_fault
 from grao_lightning.language_model.fingerprint import fingerprint
 from grao_lightning.language_model.frozen import Found, FrozenModel, inside
+from grao_lightning.language_model.sharded import shards_of
 from grao_lightning.randomness import run_seed
 
 log = logging.getLogger(__name__)
@@ -154,7 +155,7 @@ def base_fingerprint(model: Any, quantize: Quantize | None, made_up: Collection[
         if quantize and isinstance(part, nn.Linear)
         for own, _ in part.named_parameters(recurse=False)
     }
-    return fingerprint(model, without={*made_up, *linear})
+    return fingerprint(model, without={*made_up, *linear}, roughly=True)
 
 
 def lasting(source: str) -> str:
@@ -223,9 +224,9 @@ class Adapters:
         model = self.peft.get_base_model()
         own = {name for name, value in model.named_parameters() if value.requires_grad}
         if own != set(weights):
-            name = sorted(own ^ set(weights))[0]
             raise UserError(
-                f"--ckpt_path: the adapter's weights are not those of its settings: {name}"
+                "--ckpt_path: the adapter's weights are not those that its settings ask for, "
+                f"{sorted(own ^ set(weights))[0]} for one; give a whole checkpoint"
             )
         model.load_state_dict(weights, strict=False)
 
@@ -276,7 +277,7 @@ def new_adapters(
     if isinstance(settings.target_modules, list):
         _check_names(setting, model, settings.target_modules)
     _tell_unreached(model)
-    return adapters
+    return _deal_out(setting, adapters)
 
 
 def saved_adapters(
@@ -317,7 +318,7 @@ def saved_adapters(
         _fill(setting, adapters, weights, folder, _START)
         adapters.peft.set_adapter(_OWN)
         adapters.start = True
-    return adapters
+    return _deal_out(setting, adapters)
 
 
 def kept_adapters(setting: str, model: Any, config: dict[str, Any]) -> Adapters:
@@ -351,6 +352,35 @@ def _adapted(setting: str, model: Any, config: Any) -> Adapters:
             ) from error
     _refuse_embeddings(setting, model)
     return Adapters(peft)
+
+
+def _deal_out(setting: str, adapters: Adapters) -> Adapters:
+    """Deal out adapters over the ranks that share the model's weights, all of them together.
+
+    They are small: gathered once a pass, and not layer by layer.
+    """
+    model = adapters.peft.get_base_model()
+    shards = shards_of(model)
+    if shards is None:
+        return adapters
+    layers = _layers(model)
+    for layer in layers:
+        if layer.lora_A[_OWN].in_features != layer.get_base_layer().in_features:
+            raise UserError(
+                f"{setting}: peft takes parts of weights for whole ones where there are several "
+                "copies of the model; set trainer.strategy.replicas to 1"
+            )
+    for name in (_OWN, _START) if adapters.start else (_OWN,):
+        pairs = [(layer.lora_A[name], layer.lora_B[name]) for layer in layers]
+        shards.shard_within([part for pair in pairs for part in pair])
+    whole = [name for name, value in model.named_parameters()
+             if value.requires_grad and not hasattr(value, "device_mesh")]  # fmt: skip
+    if whole:
+        raise UserError(
+            f"{setting}: {whole[0]} stays whole on every rank with trainer.strategy=fsdp2, and its "
+            "gradient would not be exchanged: use ddp"
+        )
+    return adapters
 
 
 def _refuse_embeddings(setting: str, model: Any) -> None:

@@ -148,6 +148,7 @@ def load_model(setting: str, source: str, sharding: Sharding | None = None, **op
     from transformers import AutoModelForCausalLM
 
     if is_adapter(source):
+        _refuse_parts(setting, source, sharding)
         model = load_model(setting, base_of(setting, source), sharding, **options)
         return saved_adapters(setting, model, source).merged()
     options.setdefault("dtype", torch.float32)
@@ -179,6 +180,7 @@ def load_classifier(
     from transformers import AutoModelForSequenceClassification
 
     if is_adapter(source):
+        _refuse_parts(setting, source, sharding)
         base = base_of(setting, source)
         model, made_up = load_classifier(setting, base, sharding, **options)
         adapters = saved_adapters(setting, model, source)
@@ -200,6 +202,15 @@ def load_classifier(
     if sharding is not None:
         own_shards(model, sharding)
     return model, sorted(report["missing_keys"])
+
+
+def _refuse_parts(setting: str, source: str, sharding: Sharding | None) -> None:
+    if sharding is not None:
+        raise UserError(
+            f"{setting}: {source} is an adapter, which cannot be merged into weights that are "
+            "dealt out with trainer.strategy=fsdp2: merge it first (peft's merge_and_unload, or "
+            "grao export), and give that folder"
+        )
 
 
 def _plain(source: str, model: Any) -> Any:

@@ -175,7 +175,6 @@ class AlignmentModule(StepModule):
         self.own_tokenizer()
         self.policy = self._loaded("policy")
         self.check_vocabulary()
-        self.adapt(self.policy)
         with torch.no_grad():
             inside(self.policy, tell_dropout)
         self.reference_model = self._frozen_model()
@@ -210,6 +209,8 @@ class AlignmentModule(StepModule):
             if asked or shares_prompts(model):  # as an earlier module left it
                 model.set_attn_implementation(asked or "sdpa")
         silence_router_losses(model)
+        if name == "policy":
+            self.adapt(model)
         with torch.no_grad():
             inside(model, self._try_out)
         return model

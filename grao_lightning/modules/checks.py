@@ -176,6 +176,12 @@ def _sharding_faults(trainer: Trainer, module: Any) -> Faults:
             "would lose them; got true: remove it and set trainer.precision=bf16-mixed, which "
             "keeps the weights in float32 and computes in bfloat16"
         )
+    if module.lora is not None and module.lora.quantize is not None:
+        faults.add(
+            "model.lora.quantize must be null with trainer.strategy=fsdp2, which has not been seen "
+            f"to deal out {module.lora.quantize} weights rightly; got {module.lora.quantize}: use "
+            "ddp, or remove it"
+        )
     for name, source in module.sources.items():
         if not isinstance(source, str | None):
             faults.add(
@@ -202,7 +208,8 @@ def _precision_faults(trainer: Trainer, module: Any) -> Faults:
             "trainer.precision=bf16-true"
         )
     dtype = getattr(module.trained_source, "dtype", None)
-    if dtype in (torch.bfloat16, torch.float16) and precision not in ("bf16-true", "16-true"):
+    small = dtype in (torch.bfloat16, torch.float16) and module.lora is None
+    if small and precision not in ("bf16-true", "16-true"):
         faults.add(
             f"{module.source_setting} must have float32 weights with trainer.precision="
             f"{precision}, since small steps round away in {str(dtype)[6:]}; got "

@@ -149,13 +149,13 @@ class RewardModule(StepModule):
         self.own_tokenizer()
         self.reward_model, made_up = self._loaded()
         self.check_vocabulary()
-        with torch.no_grad():
-            inside(self.reward_model, self._try_out)
         if not self.dropout:
             for part in self.reward_model.modules():
                 if isinstance(part, torch.nn.Dropout):
                     part.p = 0.0
         self.adapt(self.reward_model, made_up)
+        with torch.no_grad():
+            inside(self.reward_model, self._try_out)
         if self.gradient_checkpointing:
             self.reward_model.gradient_checkpointing_enable({"use_reentrant": False})
 

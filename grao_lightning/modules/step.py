@@ -496,13 +496,8 @@ class StepModule(NamedSettings, LightningModule):
     # -- checkpoints -------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what export needs beside the weights, how prompts were read, what was drawn.
-
-        Of a model with adapters their weights alone, and what else is trained.
-        """
+        """Keep what export needs beside the weights, how prompts were read, what was drawn."""
         if self.adapters is not None:
-            state, trained = checkpoint["state_dict"], self._trained_names()
-            checkpoint["state_dict"] = {name: state[name] for name in state if name in trained}
             checkpoint["adapters"] = {
                 "config": self.adapters.config,
                 "base": self._base_fingerprint,
@@ -567,12 +562,24 @@ class StepModule(NamedSettings, LightningModule):
         """Return the DataModule; None where there is none, nor a trainer."""
         return getattr(self._trainer, "datamodule", None)
 
+    def state_dict(self, *args: Any, **options: Any) -> Any:
+        """Return the weights; of a model with adapters these alone, and what else is trained."""
+        state: dict[str, Any] = super().state_dict(*args, **options)
+        if self.adapters is None:
+            return state
+        trained, prefix = self._trained_names(), options.get("prefix", "")
+        return {name: state[name] for name in state if name.removeprefix(prefix) in trained}
+
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Load the weights; say which setting is at odds with the checkpoint where they differ."""
-        if self.adapters is not None:  # the checkpoint holds what is trained
-            rest = {name: value for name, value in self.state_dict().items()
-                    if name not in self._trained_names()}  # fmt: skip
-            state_dict = {**rest, **state_dict}
+        if self.adapters is not None and strict:
+            strange = sorted(self._trained_names() ^ set(state_dict))
+            if strange:
+                raise UserError(
+                    "ckpt_path: the checkpoint must hold what is trained with model.lora and "
+                    f"nothing else; got another {strange[0]}: set model.lora as it was trained"
+                )
+            strict = False
         try:
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
         except RuntimeError as error:
