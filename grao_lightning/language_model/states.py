@@ -21,6 +21,7 @@ from grao_lightning.language_model.positions import (
     chooses_frequencies,
     forget_frequencies,
 )
+from grao_lightning.language_model.sharded import device_of, passes_over_ranks
 from grao_lightning.language_model.transfer import sent
 
 Way = Literal["packed", "padded", "one by one"]
@@ -80,7 +81,11 @@ def states_and_targets(
     passes = by_frequencies(model, lengths)
     if way == "one by one":
         passes = [[number] for number in range(len(rows))]
-    device = next(model.parameters()).device
+    device = device_of(model)
+    more = 0
+    if way == "one by one" or chooses_frequencies(model):
+        (most,) = passes_over_ranks(model, len(passes))
+        more = most - len(passes)
     pieces: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * len(rows)
     for numbers in passes:
         chosen = [rows[number] for number in numbers]
@@ -90,22 +95,23 @@ def states_and_targets(
             found = _packed(read, pack_rows(chosen, longest_whole=whole), device)
         else:
             found = _padded(read, chosen, last_is_read, device)
-        if len(passes) == 1:
+        if len(passes) == 1 and not more:
             return found
         lengths_here = [len(row.answer_ids) for row in chosen]
         parts = zip(*(part.split(lengths_here) for part in found), strict=True)
         for number, (states, targets) in zip(numbers, parts, strict=True):
             pieces[number] = states, targets
-    both = zip(*pieces, strict=True)
-    states, targets = (torch.cat(part) for part in both)
+    states, targets = (torch.cat(part) for part in zip(*pieces, strict=True))
+    for _ in range(more):  # as other ranks do; of no effect, but with a backward pass
+        forget_frequencies(model)
+        unread = read(torch.zeros(1, 1, dtype=torch.long, device=device))
+        states = states + unread.flatten()[:0].sum()
     return states, targets
 
 
 def _packed(read: Read, pack: Pack, device: torch.device) -> tuple[Tensor, Tensor]:
-    if (
-        device.type != "cpu"
-    ):  # kernels there work on whole blocks, and shapes that repeat are reused
-        pack = pack.padded(BLOCK)
+    if device.type != "cpu":
+        pack = pack.padded(BLOCK)  # kernels want whole blocks, and shapes that repeat are reused
     ids, positions, sources, targets = sent(
         device, pack.ids, pack.positions, pack.sources, pack.targets
     )

@@ -7,13 +7,15 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from grao_lightning.batch import PromptBatch, TokenRow
-from grao_lightning.checks import check_pairs
 from grao_lightning.faults import Faults
+from grao_lightning.language_model.frozen import bare
 from grao_lightning.language_model.head import Weigh, weigh_by_gradient
 from grao_lightning.language_model.logprobs import frozen_logprobs, split_together
+from grao_lightning.language_model.sharded import passes_over_ranks
 from grao_lightning.language_model.transfer import sent
 from grao_lightning.metrics.outcomes import MeanWithInterval, ShareWithInterval
 from grao_lightning.modules.base import AlignmentModule, AlignmentSettings
+from grao_lightning.modules.checks import check_pairs
 from grao_lightning.modules.step import Charts
 from grao_lightning.modules.validation import MetricSet
 from grao_lightning.objectives.dpo import DPOKind, DPOSettings, dpo_loss
@@ -126,27 +128,34 @@ class DPOModule(AlignmentModule):
         Every pair is read by itself, so that the figure does not depend on the batch it is first
         met in, and a resumed run equals an uninterrupted one.
         """
-        pairs: list[Tensor] = []
-        for number, index in enumerate(batch.indices):
-            if index in self._frozen_sums:
-                kept = torch.tensor(self._frozen_sums[index], dtype=torch.double)
-                pairs += sent(self.device, kept)
-                continue
-            both = frozen_logprobs(
-                self.reference_model,
-                [rows[number], rows[len(batch) + number]],
-                self.micro_batch_tokens,
-                temperature=self.logprob_temperature,
-            )
-            pairs.append(torch.stack([logprobs.sum() for logprobs in both]).double())
-        return torch.stack(pairs, dim=1).flatten()
+        unread = {
+            index: [rows[number], rows[len(batch) + number]]
+            for number, index in enumerate(batch.indices)
+            if index not in self._frozen_sums
+        }
+        (most,) = passes_over_ranks(bare(self.reference_model), len(unread))
+        pairs = [*unread.values(), *[[]] * (most - len(unread))]
+        passes = [self._frozen_logprobs(pair) for pair in pairs]
+        kept = [index for index in batch.indices if index in self._frozen_sums]
+        known = torch.tensor([self._frozen_sums[index] for index in kept], dtype=torch.double)
+        found = dict(zip(kept, sent(self.device, known)[0], strict=True))
+        for index, both in zip(unread, passes, strict=False):
+            found[index] = torch.stack([logprobs.sum() for logprobs in both]).double()
+        return torch.stack([found[index] for index in batch.indices], dim=1).flatten()
 
     def _keep(self, batch: PromptBatch, frozen: Tensor) -> None:
         """Keep what `_frozen` found, read from the device in one piece once the step is formed."""
-        new = any(index not in self._frozen_sums for index in batch.indices)
-        if new:
+        if any(index not in self._frozen_sums for index in batch.indices):
             found = frozen.view(2, -1).t().tolist()
             self._frozen_sums |= dict(zip(batch.indices, found, strict=True))
+
+    def _frozen_logprobs(self, rows: list[TokenRow]) -> list[Tensor]:
+        return frozen_logprobs(
+            self.reference_model,
+            rows,
+            self.micro_batch_tokens,
+            temperature=self.logprob_temperature,
+        )
 
     # -- validation --------------------------------------------------------------------------------
 

@@ -43,10 +43,7 @@ class Tokens:
         chosen = lengths[numbers]
         row = torch.arange(len(numbers)).repeat_interleave(chosen)
         number = torch.tensor(numbers)[row]
-        first_here, first = (
-            ends - sizes
-            for ends, sizes in ((chosen.cumsum(0), chosen), (lengths.cumsum(0), lengths))
-        )
+        first_here, first = chosen.cumsum(0) - chosen, lengths.cumsum(0) - lengths
         place = torch.arange(len(row)) - first_here[row] + first[number]
         return cls(*sent(device, row, number, place))
 
