@@ -10,6 +10,7 @@ from grao_lightning.faults import UserError
 from grao_lightning.language_model.adapters import (
     adapter_base,
     adapter_fault,
+    adapter_labels,
     is_adapter,
     saved_adapters,
 )
@@ -181,7 +182,8 @@ def load_classifier(
 
     if is_adapter(source):
         _refuse_parts(setting, source, sharding)
-        base = base_of(setting, source)
+        base, labels = base_of(setting, source), adapter_labels(source)
+        options |= {} if labels is None else {"num_labels": labels}
         model, made_up = load_classifier(setting, base, sharding, **options)
         adapters = saved_adapters(setting, model, source)
         return adapters.merged(), [name for name in made_up if not adapters.trains_along(name)]

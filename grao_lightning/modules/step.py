@@ -22,6 +22,7 @@ from grao_lightning.language_model.adapters import (
     base_fingerprint,
     is_adapter,
     new_adapters,
+    quantization,
     saved_adapters,
 )
 from grao_lightning.language_model.frozen import FrozenModel
@@ -283,12 +284,28 @@ class StepModule(NamedSettings, LightningModule):
                 f"model.lora must be null with a {self.source_setting} that has adapters already; "
                 "got both: hand over the model without, or remove model.lora"
             )
+        source = self.trained_source
+        if self.lora.quantize and not (isinstance(source, str) and not source.endswith(".gguf")):
+            faults.add(
+                f"model.lora.quantize needs a {self.source_setting} that is read from a name or "
+                "folder, and quantized as it is read; got "
+                f"{source_name(source)}: name its folder, or remove model.lora.quantize"
+            )
         if self.master_weights:
             faults.add(
                 "model.master_weights must be false with model.lora, whose adapters are float32 "
                 "themselves; got true: remove it"
             )
         return faults
+
+    def quantization(self) -> dict[str, Any]:
+        """Return the options with which a model is loaded whose weights take few bits."""
+        if self.lora is None or self.lora.quantize is None:
+            return {}
+        strategy = getattr(self._trainer, "strategy", None)
+        device = torch.device("cpu") if strategy is None else strategy.root_device
+        precision = "" if self._trainer is None else str(self._trainer.precision)
+        return quantization(self.lora.quantize, device, lowered=precision.startswith("bf16"))
 
     def adapt(self, model: Any, made_up: Sequence[str] | None = None) -> None:
         """Put adapters into the loaded model where ``model.lora`` asks for them.
