@@ -1,6 +1,5 @@
 """What every module shares: one optimiser step a batch, in micro-batches, on all devices."""
 
-import time
 from contextlib import nullcontext
 from typing import Any, ClassVar, Literal, TypedDict
 
@@ -9,6 +8,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from grao_lightning.batch import PromptBatch
+from grao_lightning.callbacks.phase import clock
 from grao_lightning.data.templates import template_change
 from grao_lightning.faults import Faults, NamedSettings, UserError
 from grao_lightning.language_model.adapters import LoRA, as_lora, as_primitives, is_adapter
@@ -309,11 +309,11 @@ class StepModule(NamedSettings, AdaptedModule):
         return self.reduce_over_ranks(torch.tensor([value], dtype=torch.double), "sum").item()
 
     def reduce_over_ranks(self, values: Tensor, operation: str) -> Tensor:
-        """Return values over all ranks; ``operation`` is "sum" or "max"."""
+        """Return values over all ranks, where they are; ``operation`` is "sum" or "max"."""
         if self.trainer.world_size == 1:
             return values
         reduced = self.trainer.strategy.reduce(values.to(self.device), reduce_op=operation)
-        return reduced.cpu()
+        return reduced.to(values.device)
 
     def _trained(self) -> list[torch.nn.Parameter]:
         """Return the parameters that the optimiser holds."""
@@ -345,10 +345,10 @@ class StepModule(NamedSettings, AdaptedModule):
         if self.drops_out:  # a function of seed, step and rank, so that a resumed run goes on alike
             seeds = (run_seed(), self.trainer.global_step, self.global_rank)
             torch.manual_seed(hash(seeds) % 2**63)
-        self._update_started = time.perf_counter()
+        self._update_started = clock(self.device)
 
     def _log_step(self, batch: PromptBatch) -> None:
-        batch.seconds["update"] = time.perf_counter() - self._update_started
+        batch.seconds["update"] = clock(self.device) - self._update_started
         for phase, seconds in batch.seconds.items():
             batch.statistics.mean(f"perf/{phase}_time", seconds)
         values = batch.statistics.reduced(self.reduce_over_ranks)
