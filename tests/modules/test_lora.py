@@ -353,3 +353,44 @@ def test_what_adapters_reach_and_that_they_drop_out_is_told(tmp_path, caplog):
     fit(tmp_path, module=adapted(lora={"dropout": 0.1}), max_steps=0)
     assert "lora_dropout.default: 0.1" in caplog.text
     assert "get no adapter" not in caplog.text
+
+
+# -- 4-bit weights below the adapters --------------------------------------------------------------
+
+
+def test_an_adapter_on_4_bit_weights_is_trained_kept_and_merged_into_the_whole_ones(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    settings, seen = {"quantize": "nf4"}, Rows()
+    start = adapted(lora=settings)
+    fit(tmp_path, module=start, callbacks=[*stages(), seen], max_steps=0)
+    before = {name: value.clone() for name, value in base_weights(start.policy).items()}
+    assert before["model.layers.0.mlp.up_proj.weight"].dtype == torch.uint8
+    whole = fit(tmp_path, module=adapted(lora=settings), max_steps=4)
+    module = adapted(lora=settings)
+    path = kept(tmp_path, module)
+    fit(tmp_path, module=module, callbacks=[*stages(), seen], max_steps=4, ckpt_path=path)
+    assert largest_difference(weights(whole), weights(module)) == 0.0
+    after = base_weights(module.policy)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    frozen = token_logprobs(module.reference_model, seen.rows).flat
+    assert torch.equal(frozen, token_logprobs(start.policy, seen.rows).flat)
+
+    notes = export(path, str(tmp_path / "merged"))
+    assert any("full precision, not into those of nf4" in note for note in notes)
+    written = load_model("", str(tmp_path / "merged"))
+    expected = kept_adapters("", load_model("", SOURCE), module.adapters.config)
+    state = torch.load(path, weights_only=True)["state_dict"]
+    expected.load({name.removeprefix("policy."): value for name, value in state.items()})
+    merged = dict(expected.merged().state_dict())
+    assert largest_difference(merged, dict(written.state_dict())) < 1e-6
+
+
+def test_4_bit_weights_are_refused_where_they_are_not_known_to_work(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    with pytest.raises(UserError, match=r"trainer.precision must be one of .*; got 64-true"):
+        fit(tmp_path, module=adapted(lora={"quantize": "nf4"}), precision="64-true")
+    handed = adapted(lora={"quantize": "nf4"}, policy=load_model("", SOURCE))
+    assert any(
+        "needs a model.policy that is read from a name" in fault for fault in handed.faults()
+    )
