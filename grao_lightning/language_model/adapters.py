@@ -376,6 +376,7 @@ def kept_adapters(setting: str, model: Any, config: dict[str, Any]) -> Adapters:
 def _adapted(setting: str, model: Any, config: Any) -> Adapters:
     from peft import get_peft_model
 
+    _keep_format(model)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # of names that were read from a configuration
         torch.manual_seed(run_seed())  # of A, on every rank and in every run
@@ -388,6 +389,17 @@ def _adapted(setting: str, model: Any, config: Any) -> Adapters:
             ) from error
     _refuse_embeddings(setting, model)
     return Adapters(peft)
+
+
+def _keep_format(model: Any) -> None:
+    """Keep few-bit weights in the format in which their product has a gradient.
+
+    On some CPUs bitsandbytes packs them anew in a pass without gradients, as of sampling, and then
+    multiplies in training by what has none: gradients of adapters below were wrong.
+    """
+    for part in model.modules():
+        if hasattr(part, "support_avx512bf16_for_cpu"):
+            part.support_avx512bf16_for_cpu = False
 
 
 def _deal_out(setting: str, adapters: Adapters) -> Adapters:
