@@ -204,6 +204,7 @@ class AlignmentModule(StepModule):
             source = self.base_source  # its adapters are no part of it
         if isinstance(source, str):
             options: dict[str, Any] = {"attn_implementation": asked} if asked else {}
+            options |= self.quantization() if name == "policy" else {}
             model = load_model(f"model.{name}", source, self.sharding, **options)
         else:
             model = source

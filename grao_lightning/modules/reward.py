@@ -179,6 +179,7 @@ class RewardModule(StepModule):
         options: dict[str, Any] = {"num_labels": 1}
         if asked:
             options["attn_implementation"] = asked
+        options |= self.quantization()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run_seed())  # of the new head, on every rank and in every run
             return load_classifier("model.backbone", source, self.sharding, **options)
