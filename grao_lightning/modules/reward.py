@@ -193,7 +193,8 @@ class RewardModule(StepModule):
         micro_batches = self._micro_batches(rows)
         scores = torch.empty(len(rows), dtype=torch.double)
         for at, numbers in enumerate(micro_batches, start=1):
-            computed = row_scores(self.reward_model, [rows[number] for number in numbers])[:, 0]
+            with self.kept_activations():
+                computed = row_scores(self.reward_model, [rows[number] for number in numbers])[:, 0]
             own = None if margins is None else margins[numbers[0::2]].to(computed)
             loss = bradley_terry_loss(computed[0::2], computed[1::2], self.settings, own)
             self.backward_part(loss.sum() / total, is_last=at == len(micro_batches))
