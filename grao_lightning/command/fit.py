@@ -25,7 +25,6 @@ from grao_lightning.callbacks.sampling import GroupSampling
 from grao_lightning.callbacks.scoring import GroupScoring
 from grao_lightning.callbacks.stopping import Stopped
 from grao_lightning.callbacks.summary import RunSummary
-from grao_lightning.checks import run_faults
 from grao_lightning.command.help import chosen_module, help_text, trainer_text
 from grao_lightning.command.parse_errors import explain
 from grao_lightning.command.resume import resume_advice
@@ -39,8 +38,9 @@ from grao_lightning.command.trainer import (
 from grao_lightning.data.datamodule import PromptDataModule
 from grao_lightning.display.logs import configure_logging
 from grao_lightning.faults import Faults, UserError
-from grao_lightning.language_model.loading import checkpoint_fault
+from grao_lightning.language_model.checkpoints import checkpoint_fault
 from grao_lightning.modules import MODULES
+from grao_lightning.modules.checks import run_faults
 from grao_lightning.modules.step import StepModule
 from grao_lightning.rewards.importing import own_modules_note
 
@@ -186,7 +186,7 @@ class GRAOCommandLine(LightningCLI):
                 "ckpt_path=last looks in last_checkpoint.dirpath, which is not set; set it to a "
                 "folder that stays the same from run to run, or give the checkpoint's path"
             )
-        return checkpoint_fault("ckpt_path", source)
+        return checkpoint_fault("ckpt_path", source, goes_on=self._command == "fit")
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run, and when it is stopped say how to go on."""

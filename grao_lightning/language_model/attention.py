@@ -86,8 +86,9 @@ def register() -> None:
         scale = options.get("scaling") or query.shape[-1] ** -0.5
         query, key, value = (under_autocast(part) for part in (query, key, value))
         depth = value.shape[-1]
-        if depth < query.shape[-1]:  # latent attention; the kernels know one size
-            value = F.pad(value, (0, query.shape[-1] - depth))
+        # Latent attention has heads of two sizes, and the kernels know one: zeros change no score.
+        size = max(depth, query.shape[-1])
+        query, key, value = (_widened(part, size) for part in (query, key, value))
         output = layout.attend(module.layer_idx, query, key, value, scale)[..., :depth]
         return output.transpose(1, 2).contiguous(), None
 
@@ -121,6 +122,11 @@ def _is_narrow(mask_function: Callable[..., Any]) -> bool:
     """Return whether a token of a text does not see the first one, however far away."""
     first, far = torch.tensor(0), torch.tensor(10**8)
     return not bool(mask_function(first, first, far, first))
+
+
+def _widened(values: Tensor, size: int) -> Tensor:
+    missing = size - values.shape[-1]
+    return F.pad(values, (0, missing)) if missing else values
 
 
 class TreeLayout:

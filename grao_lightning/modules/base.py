@@ -12,10 +12,12 @@ from typing_extensions import Unpack
 from grao_lightning.batch import PromptBatch, TokenRow
 from grao_lightning.callbacks.scoring import GroupScoring
 from grao_lightning.faults import Faults
+from grao_lightning.language_model.adapters import BeforeTraining
+from grao_lightning.language_model.fingerprint import fingerprint
+from grao_lightning.language_model.frozen import FrozenModel, bare, inside
 from grao_lightning.language_model.head import Weigh
 from grao_lightning.language_model.loading import (
     ModelSource,
-    fingerprint,
     load_model,
     model_fault,
     source_name,
@@ -23,6 +25,7 @@ from grao_lightning.language_model.loading import (
 from grao_lightning.language_model.logprobs import (
     MicroBatch,
     TokenLogprobs,
+    evened_out,
     split_by_tokens,
     token_logprobs,
 )
@@ -59,11 +62,12 @@ class AlignmentModule(StepModule):
     Subclasses write ``training_step`` and call `ascend` and `finish_step` in it.
 
     Args:
-        policy: Model to train: hub name, folder, ``.gguf`` file or ``embedded:keywords``. In Python
-            also a loaded model of transformers, which is trained in place.
+        policy: Model to train: hub name, folder, ``.gguf`` file or ``embedded:keywords``; or
+            the folder of an adapter (peft), which ``lora`` trains on, and which is merged into its
+            model without. In Python also a loaded model of transformers, trained in place.
         reference_model: Frozen model for drift, clipping and NAG's untrained base: "policy" (a copy
-            of the policy before training), another source or, in Python, model, or null (none of
-            these then).
+            of the policy before training; with ``lora`` the policy itself without what is trained),
+            another source or, in Python, model, or null (none of these then).
         logprob_temperature: Divides the logits in training. 1 trains the policy itself, whatever
             temperature samples it.
         ties_as: What a tie counts as in RAS: win, half or loss.
@@ -171,41 +175,59 @@ class AlignmentModule(StepModule):
         self.own_tokenizer()
         self.policy = self._loaded("policy")
         self.check_vocabulary()
-        if self.reference_model_source == "policy":
-            self.reference_model = deepcopy(self.policy)
-            decide_alike(self.policy, self.reference_model)
-        elif self.reference_model_source is not None:
-            self.reference_model = self._loaded("reference_model")
-        if self.reference_model is not None:
-            self.reference_model.requires_grad_(False).eval()
+        with torch.no_grad():
+            inside(self.policy, tell_dropout)
+        self.reference_model = self._frozen_model()
         if self.gradient_checkpointing:
             self.policy.gradient_checkpointing_enable({"use_reentrant": False})
         if not all(isinstance(source, str | None) for source in self._sources.values()):
-            self._fingerprint = fingerprint(self.reference_model or self.policy)
+            self._fingerprint = fingerprint(bare(self.reference_model or self.policy))
+
+    def _frozen_model(self) -> FrozenModel | None:
+        """Return the reference model: the policy before training is within one with adapters."""
+        if self.reference_model_source is None:
+            return None
+        if self.reference_model_source != "policy":
+            return FrozenModel(self._loaded("reference_model"))
+        if self.adapters is not None:
+            return BeforeTraining(self.policy, self.adapters.start)
+        # Parts on several ranks cannot be copied.
+        copied = self._loaded("policy") if self.sharding else deepcopy(self.policy)
+        decide_alike(self.policy, copied)
+        return FrozenModel(copied)
 
     def _loaded(self, name: str) -> Any:
         """Return the model of a setting, with the attention asked for."""
         source, asked = self._sources[name], self.attn_implementation
+        if name == "policy" and self.lora is not None:
+            source = self.base_source  # its adapters are no part of it
         if isinstance(source, str):
-            options = {"attn_implementation": asked} if asked else {}
-            model = load_model(f"model.{name}", source, **options)
+            options: dict[str, Any] = {"attn_implementation": asked} if asked else {}
+            model = load_model(f"model.{name}", source, self.sharding, **options)
         else:
             model = source
             if asked or shares_prompts(model):  # as an earlier module left it
                 model.set_attn_implementation(asked or "sdpa")
         silence_router_losses(model)
         if name == "policy":
-            tell_dropout(model)
-        # An attention that was asked for stays: sharing prompts would replace it.
-        if self.share_prompts and asked is None:
-            share_prompts(model)
+            self.adapt(model)
+        with torch.no_grad():
+            inside(model, self._try_out)
         return model
 
-    def train(self, mode: bool = True) -> "AlignmentModule":
-        """Set the mode of the policy; the reference model always evaluates."""
-        super().train(mode)
+    def _try_out(self, model: Any) -> None:
+        """Find by trial how a model can be read."""
+        # An attention that was asked for stays: sharing prompts would replace it.
+        if self.share_prompts and self.attn_implementation is None:
+            share_prompts(model)
+        if self.sharding is not None:  # in the midst of a pass ranks could not try it
+            token_logprobs(model, [])
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "AlignmentModule":
+        """Move and cast the reference model along, which is no part of the module tree."""
+        super()._apply(fn, recurse)
         if self.reference_model is not None:
-            self.reference_model.eval()
+            self.reference_model.follow(fn)
         return self
 
     # -- one step ----------------------------------------------------------------------------------
@@ -258,17 +280,19 @@ class AlignmentModule(StepModule):
             micro_batches: Each row in one of them.
             weigh_for: Gives the weights of a micro-batch's tokens, treated as constants.
             weigh_rows: Whether a token's weight depends on other tokens of the micro-batch.
-            beside: Further loss on a micro-batch, such as the value's.
+            beside: Further loss on a micro-batch, such as the value's; also on one without rows.
         """
         collected = RowLogprobs(len(rows))
+        micro_batches = evened_out(self.policy, micro_batches)
         for at, micro_batch in enumerate(micro_batches, start=1):
             numbers = micro_batch.numbers
+            weighs = micro_batch.needs_gradient and numbers
             with torch.set_grad_enabled(micro_batch.needs_gradient), self.kept_activations():
                 computed = token_logprobs(
                     self.policy,
                     [rows[number] for number in numbers],
                     temperature=self.logprob_temperature,
-                    weigh=weigh_for(numbers) if micro_batch.needs_gradient else None,
+                    weigh=weigh_for(numbers) if weighs else None,
                     weigh_rows=weigh_rows,
                     into_grad=self.owns_gradients,
                 )
@@ -276,9 +300,6 @@ class AlignmentModule(StepModule):
             if micro_batch.needs_gradient:
                 loss = computed.loss + (0.0 if beside is None else beside(numbers, computed))
                 self.backward_part(loss, is_last=at == len(micro_batches))
-        if not any(part.needs_gradient for part in micro_batches):
-            # Ranks must meet in the same collectives, signal or not.
-            self.backward_part(sum(p.sum() * 0.0 for p in self._trained()), is_last=True)
         return collected
 
     def _weigh(
@@ -318,17 +339,14 @@ class AlignmentModule(StepModule):
     # -- checkpoints -------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the reference model out: it is loaded from its source again."""
+        """Keep the counters; the reference model is loaded from its source again."""
         super().on_save_checkpoint(checkpoint)
-        state = checkpoint["state_dict"]
-        for name in [name for name in state if name.startswith("reference_model.")]:
-            del state[name]
         checkpoint["num_sampled_tokens"] = self.num_sampled_tokens
         if self._fingerprint:
             checkpoint["reference_model_fingerprint"] = self._fingerprint
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the counters; see `load_state_dict` for the weights."""
+        """Restore the counters; see `StepModule.load_state_dict` for the weights."""
         super().on_load_checkpoint(checkpoint)
         self.num_sampled_tokens = checkpoint.get("num_sampled_tokens", 0)
         before = checkpoint.get("reference_model_fingerprint", self._fingerprint)
@@ -338,13 +356,6 @@ class AlignmentModule(StepModule):
                 "and NAG are measured from another: hand over the base as it was before training "
                 "(a model that was handed over is trained in place)"
             )
-
-    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Load the policy; the reference model keeps the weights of its own source."""
-        if self.reference_model is not None:
-            own = self.reference_model.state_dict(prefix="reference_model.")
-            state_dict = {**own, **state_dict}
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
 
 class RowLogprobs:

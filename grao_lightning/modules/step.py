@@ -1,6 +1,7 @@
 """What every module shares: one optimiser step a batch, in micro-batches, on all devices."""
 
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Literal, TypedDict
 
@@ -11,11 +12,31 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from grao_lightning.batch import PromptBatch
-from grao_lightning.checks import check_run
 from grao_lightning.data.templates import template_change
 from grao_lightning.faults import Faults, NamedSettings, UserError
+from grao_lightning.language_model.adapters import (
+    SLOW,
+    Adapters,
+    LoRA,
+    as_lora,
+    as_primitives,
+    base_fingerprint,
+    is_adapter,
+    new_adapters,
+    saved_adapters,
+)
+from grao_lightning.language_model.frozen import FrozenModel
 from grao_lightning.language_model.kept import packed_source
-from grao_lightning.language_model.loading import ModelSource, eos_ids, first_mismatch, source_name
+from grao_lightning.language_model.loading import (
+    ModelSource,
+    base_of,
+    eos_ids,
+    first_mismatch,
+    has_tokenizer,
+    source_name,
+)
+from grao_lightning.language_model.sharded import Sharding
+from grao_lightning.language_model.offload import activations_on_host
 from grao_lightning.language_model.tokenizing import (
     TokenizerSource,
     check_vocabulary,
@@ -23,14 +44,17 @@ from grao_lightning.language_model.tokenizing import (
     tokenizer_of,
 )
 from grao_lightning.metrics.outcomes import Estimate
+from grao_lightning.modules.checks import check_run
+from grao_lightning.modules.host_memory import give_back_memory
 from grao_lightning.modules.optimizer import (
     OPTIMIZERS,
     OptimizerName,
     make_optimizer,
     optimizer_fault,
 )
-from grao_lightning.modules.host_memory import give_back_memory
 from grao_lightning.modules.settings import show_settings
+from grao_lightning.randomness import run_seed
+from grao_lightning.strategies.sharded import sharding_of
 
 Schedule = Literal["constant", "linear", "cosine"]
 Mode = Literal["min", "max"]
@@ -54,6 +78,7 @@ class StepSettings(TypedDict, total=False):
     attn_implementation: str | None
     share_prompts: bool
     tokenizer: TokenizerSource | None
+    lora: LoRA | None
 
 
 class StepModule(NamedSettings, LightningModule):
@@ -86,6 +111,8 @@ class StepModule(NamedSettings, LightningModule):
         share_prompts: Read every prompt once for all that follows it, where the model allows it.
         tokenizer: Hub name or folder, in Python also a loaded one; null = the model's own, of a
             model that is handed over that of the name it was loaded from.
+        lora: Train adapters of low rank and leave the model's own weights as they are, such as
+            {rank: 16}; null = train the whole model.
     """
 
     #: Whether training reads sampled, scored groups (and not only the data's answers).
@@ -120,14 +147,18 @@ class StepModule(NamedSettings, LightningModule):
         attn_implementation: str | None = None,
         share_prompts: bool = True,
         tokenizer: TokenizerSource | None = None,
+        lora: LoRA | None = None,
     ) -> None:
         super().__init__()
         self._tokenizer_source = tokenizer
-        objects = {
+        self.lora = as_lora(lora)
+        objects: dict[str, Any] = {
             name: source_name(source)
             for name, source in {**self._sources, "tokenizer": tokenizer}.items()
             if not isinstance(source, str | None)
         }
+        if isinstance(lora, LoRA):
+            objects["lora"] = as_primitives(lora)
         # Checkpoints hold primitives, and no second copy of a model.
         self.save_hyperparameters(ignore=list(objects))
         self.save_hyperparameters(objects)
@@ -146,7 +177,9 @@ class StepModule(NamedSettings, LightningModule):
         self.attn_implementation = attn_implementation
         self.share_prompts = share_prompts
         self.reference_model_source: str | None = None
-        self.reference_model: Any = None
+        self.reference_model: FrozenModel | None = None
+        self.adapters: Adapters | None = None
+        self._base_fingerprint = ""  # of a model whose adapters alone are kept
         self.tokenizer: Any = None  # once `own_tokenizer` has loaded it
         self.validation_metrics: Any = None
         self.num_sampled_tokens = 0
@@ -166,6 +199,19 @@ class StepModule(NamedSettings, LightningModule):
         """Return where the trained model comes from, or the model that was handed over."""
         return next(iter(self._sources.values()))
 
+    @property
+    def sources(self) -> dict[str, ModelSource | None]:
+        """Return the models' settings as they were given, the trained one's first."""
+        return self._sources
+
+    @property
+    def base_source(self) -> ModelSource:
+        """Return where the weights come from that adapters go with, else as `trained_source`."""
+        source = self.trained_source
+        if not isinstance(source, str):
+            return source
+        return base_of(self.source_setting, source, self.lora and self.lora.base)
+
     def own_tokenizer(self) -> Any:
         """Return the tokenizer, loaded on first use: the data needs it before there is a model.
 
@@ -173,9 +219,10 @@ class StepModule(NamedSettings, LightningModule):
             UserError: It cannot be loaded.
         """
         if self.tokenizer is None:
-            self.tokenizer = tokenizer_of(
-                self.source_setting, self.trained_source, self._tokenizer_source
-            )
+            source = self.trained_source
+            if isinstance(source, str) and is_adapter(source) and not has_tokenizer(source):
+                source = self.base_source
+            self.tokenizer = tokenizer_of(self.source_setting, source, self._tokenizer_source)
         return self.tokenizer
 
     @property
@@ -185,7 +232,7 @@ class StepModule(NamedSettings, LightningModule):
 
     def eos_ids(self) -> tuple[int, ...]:
         """Return every token id that ends a sequence."""
-        return eos_ids(self.trained_source, self.own_tokenizer())
+        return eos_ids(self.base_source, self.own_tokenizer())
 
     def check_vocabulary(self) -> None:
         """Check that a model and a tokenizer that were brought together fit.
@@ -205,6 +252,11 @@ class StepModule(NamedSettings, LightningModule):
     def source(self) -> str:
         """Return where the trained model comes from."""
         raise NotImplementedError
+
+    @property
+    def drops_out(self) -> bool:
+        """Return whether our settings ask for dropout in training."""
+        return self.lora is not None and self.lora.dropout > 0
 
     @property
     def samples(self) -> bool:
@@ -240,7 +292,61 @@ class StepModule(NamedSettings, LightningModule):
         faults.add(optimizer_fault(self.optimizer, self.master_weights, self.stochastic_rounding))
         faults.one_of("model.schedule", self.schedule, ("constant", "linear", "cosine"))
         faults.add(tokenizer_fault(self.trained_source, self._tokenizer_source))
+        faults.add(*self._adapter_faults())
         return faults
+
+    def _adapter_faults(self) -> Faults:
+        faults = Faults()
+        if self.lora is None:
+            return faults
+        faults.add(*self.lora.faults("model.lora"))
+        if self.lora.base is not None and not is_adapter(self.trained_source):
+            faults.add(
+                f"model.lora.base has no effect unless {self.source_setting} is an adapter folder; "
+                f"got {self.lora.base}: remove it"
+            )
+        if hasattr(self.trained_source, "peft_config"):
+            faults.add(
+                f"model.lora must be null with a {self.source_setting} that has adapters already; "
+                "got both: hand over the model without, or remove model.lora"
+            )
+        if self.master_weights:
+            faults.add(
+                "model.master_weights must be false with model.lora, whose adapters are float32 "
+                "themselves; got true: remove it"
+            )
+        return faults
+
+    def adapt(self, model: Any, made_up: Sequence[str] | None = None) -> None:
+        """Put adapters into the loaded model where ``model.lora`` asks for them.
+
+        Args:
+            model: As `base_source` has it.
+            made_up: Names of a classifier's weights that its source does not have; None: it is a
+                language model.
+        """
+        if self.lora is None:
+            return
+        self._base_fingerprint = base_fingerprint(model, self.lora.quantize, made_up or ())
+        source = self.trained_source
+        if isinstance(source, str) and is_adapter(source):
+            self.adapters = saved_adapters(
+                "model.lora", model, source, self.lora, start=made_up is None
+            )
+        else:
+            self.adapters = new_adapters("model.lora", model, self.lora, made_up=made_up)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "StepModule":
+        """Move and cast all; adapters stay float32 or wider on a model of less."""
+        own = set() if self.adapters is None else set(map(id, self.adapters.parameters()))
+
+        def applied(tensor: Tensor) -> Tensor:
+            found: Tensor = fn(tensor)
+            wide = torch.promote_types(found.dtype, torch.float32)
+            return tensor.to(found.device, wide) if id(tensor) in own else found
+
+        super()._apply(applied if own else fn, recurse)
+        return self
 
     def setup(self, stage: str) -> None:
         """Check the run as a whole; Lightning calls this before ``configure_model``."""
@@ -250,16 +356,25 @@ class StepModule(NamedSettings, LightningModule):
         """Tell all faults together; our data asks for it before it reads anything."""
         check_run(self.trainer, self, getattr(self.trainer, "datamodule", None))
 
+    @property
+    def sharding(self) -> Sharding | None:
+        """Return how the strategy deals out weights over ranks, None where each holds them all."""
+        return sharding_of(self._trainer)
+
     def configure_optimizers(self) -> Any:
         """Return AdamW and its schedule by step."""
         # A fused AdamW unscales by itself, so under a gradient scaler the norm would be clipped too
         # late; there the plain one is used.
+        trained = self._trained()
+        sharded = {hasattr(parameter, "device_mesh") for parameter in trained}
+        assert sharded == {self.sharding is not None}, "the optimiser holds parts, or all is whole"
         optimizer = make_optimizer(
             self.optimizer,
-            self._trained(),
+            trained,
             master_weights=self.master_weights,
             stochastic_rounding=self.stochastic_rounding,
             fused=self.trainer.precision != "16-mixed",
+            lr=self.learning_rate,
             lr=self.learning_rate,
             weight_decay=self.weight_decay,
             betas=(self.betas[0], self.betas[1]),
@@ -270,6 +385,11 @@ class StepModule(NamedSettings, LightningModule):
     def on_fit_start(self) -> None:
         """Put the model in training mode: Hugging Face loads models in evaluation mode."""
         self.train()
+        if self.lora is not None and 0 < self.learning_rate <= SLOW:
+            rank_zero_warn(
+                f"model.learning_rate={self.learning_rate:g} suits training of a whole model and "
+                "hardly moves an adapter; with model.lora 1e-4 to 1e-3 is usual"
+            )
 
     # -- one step ----------------------------------------------------------------------------------
 
@@ -314,9 +434,7 @@ class StepModule(NamedSettings, LightningModule):
 
     def kept_activations(self) -> AbstractContextManager[Any]:
         """Return the context of a forward pass, which decides where its activations wait."""
-        if not self.activation_offload:
-            return nullcontext()
-        return torch.autograd.graph.save_on_cpu(pin_memory=True)
+        return activations_on_host(self.trained_model) if self.activation_offload else nullcontext()
 
     def _trained(self) -> list[torch.nn.Parameter]:
         """Return the parameters that the optimiser holds."""
@@ -346,6 +464,9 @@ class StepModule(NamedSettings, LightningModule):
 
     def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
         """Start the clock of the update; callbacks have sampled and scored by now."""
+        if self.drops_out:  # a function of seed, step and rank, so that a resumed run goes on alike
+            seeds = (run_seed(), self.trainer.global_step, self.global_rank)
+            torch.manual_seed(hash(seeds) % 2**63)
         give_back_memory()
         self._update_started = time.perf_counter()
 
@@ -421,6 +542,14 @@ class StepModule(NamedSettings, LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what export needs beside the weights, how prompts were read, what was drawn."""
+        if self.adapters is not None:
+            checkpoint["adapters"] = {
+                "config": self.adapters.config,
+                "base": self._base_fingerprint,
+                "source": source_name(self.base_source),
+                "quantize": self.lora and self.lora.quantize,
+                "dtype": str(self.adapters.dtype).removeprefix("torch."),
+            }
         checkpoint["base_is_start"] = self._base_is_start
         if self._packed is None:
             try:
@@ -440,8 +569,9 @@ class StepModule(NamedSettings, LightningModule):
         """Compare how prompts were read with how they are read now.
 
         Raises:
-            UserError: A run that goes on would read them otherwise.
+            UserError: A run that goes on would read them otherwise, or trains other weights.
         """
+        self._compare_adapters(checkpoint.get("adapters"))
         self._base_is_start = self._base_is_start and checkpoint.get("base_is_start", True)
         data = self._data()
         if "chat_template" not in checkpoint or not hasattr(data, "template_in_use"):
@@ -452,12 +582,49 @@ class StepModule(NamedSettings, LightningModule):
         if fault:
             rank_zero_warn(f"{fault}. The figures are those of prompts it has not learned to read")
 
+    def _compare_adapters(self, saved: dict[str, Any] | None) -> None:
+        if self.adapters is None and saved is None:
+            return
+        if self.adapters is None or saved is None:
+            has, fix = ("no adapters", "remove model.lora") if saved is None else (
+                "adapters alone", "set model.lora as it was trained"
+            )  # fmt: skip
+            raise UserError(f"ckpt_path: the checkpoint holds {has}: {fix}, or start anew")
+        fault = self.adapters.difference(saved["config"])
+        if fault:
+            raise UserError(fault)
+        if saved["base"] != self._base_fingerprint:
+            raise UserError(
+                f"{self.source_setting} must be the model that the checkpoint's adapters were "
+                f"trained on, {saved['source']} as it was then; got other weights from "
+                f"{source_name(self.base_source)}: name that model"
+            )
+
+    def _trained_names(self) -> set[str]:
+        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+
     def _data(self) -> Any:
         """Return the DataModule; None where there is none, nor a trainer."""
         return getattr(self._trainer, "datamodule", None)
 
+    def state_dict(self, *args: Any, **options: Any) -> Any:
+        """Return the weights; of a model with adapters these alone, and what else is trained."""
+        state: dict[str, Any] = super().state_dict(*args, **options)
+        if self.adapters is None:
+            return state
+        trained, prefix = self._trained_names(), options.get("prefix", "")
+        return {name: state[name] for name in state if name.removeprefix(prefix) in trained}
+
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Load the weights; say which setting is at odds with the checkpoint where they differ."""
+        if self.adapters is not None and strict:
+            strange = sorted(self._trained_names() ^ set(state_dict))
+            if strange:
+                raise UserError(
+                    "ckpt_path: the checkpoint must hold what is trained with model.lora and "
+                    f"nothing else; got another {strange[0]}: set model.lora as it was trained"
+                )
+            strict = False
         try:
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
         except RuntimeError as error:

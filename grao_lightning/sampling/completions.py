@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from grao_lightning.batch import Completions, TokenIds
+from grao_lightning.language_model.frozen import gathered
 from grao_lightning.language_model.positions import (
     check_length,
     chooses_frequencies,
@@ -33,7 +34,7 @@ def sample_completions(
     """Return G completions of every prompt, in prompt-major order.
 
     Args:
-        model: A Hugging Face causal language model; left in the mode it came in.
+        model: A Hugging Face causal language model or a `FrozenModel`; left in the mode it came in.
         tokenizer: Decodes the completions.
         prompt_ids: B prompts, none of them empty.
         uniforms: B tensors [G, max_new_tokens] of `row_uniforms`.
@@ -42,8 +43,33 @@ def sample_completions(
         progress: Told after each position of the rows decoded together; rows that wait for their
             turn count as not ended.
     """
-    group_size = len(uniforms[0])
     ended = Ending(tokenizer, settings)
+
+    def sampled(model: Any) -> list[TokenIds]:
+        return _sampled(model, prompt_ids, uniforms, settings, ended, rows_at_once, progress)
+
+    ids = gathered(model, sampled)
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return Completions(
+        ids=ids,
+        texts=[_before_stop(text, settings.stop_strings) for text in texts],
+        truncated=[not ended.whole(row, text) for row, text in zip(ids, texts, strict=True)],
+        group_size=len(uniforms[0]),
+        max_tokens=settings.max_new_tokens,
+    )
+
+
+def _sampled(
+    model: Any,
+    prompt_ids: Sequence[TokenIds],
+    uniforms: Sequence[Tensor],
+    settings: SamplingSettings,
+    ended: "Ending",
+    rows_at_once: int,
+    progress: Progress | None,
+) -> list[TokenIds]:
+    """Return the token ids of all completions, in prompt-major order."""
+    group_size = len(uniforms[0])
     ids: list[TokenIds] = [[] for _ in range(len(prompt_ids) * group_size)]
     waiting = len(ids)
     with generation_mode(model):
@@ -59,14 +85,7 @@ def sample_completions(
             )
             for row, completion in zip(rows.tolist(), decoded, strict=True):
                 ids[row] = completion
-    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    return Completions(
-        ids=ids,
-        texts=[_before_stop(text, settings.stop_strings) for text in texts],
-        truncated=[not ended.whole(row, text) for row, text in zip(ids, texts, strict=True)],
-        group_size=group_size,
-        max_tokens=settings.max_new_tokens,
-    )
+    return ids
 
 
 def _batches(

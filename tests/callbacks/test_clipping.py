@@ -83,7 +83,7 @@ def test_the_logged_drift_is_the_mean_k3_over_the_sampled_tokens_of_the_models_t
     for number, ids in enumerate(batch.completions.ids):
         prompt = batch.prompt_ids[number // 4]
         own = naive_logprobs(module.policy.eval(), prompt, ids, 0.7)
-        frozen = naive_logprobs(module.reference_model, prompt, ids, 0.7)
+        frozen = naive_logprobs(module.reference_model.model, prompt, ids, 0.7)
         drifts.append((frozen - own).exp() - (frozen - own) - 1)
     expected = torch.cat(drifts).mean().item()
     assert expected > 0.05, "the models must differ"

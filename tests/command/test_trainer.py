@@ -21,10 +21,10 @@ from grao_lightning import (
 )
 from grao_lightning.callbacks.checkpoint import LastCheckpoint, StopBetweenSteps
 from grao_lightning.callbacks.console import StepProgressBar
-from grao_lightning.checks import run_faults
 from grao_lightning.command.fit import run
 from grao_lightning.embedded.base import make_base
 from grao_lightning.faults import UserError
+from grao_lightning.modules.checks import run_faults
 from tests.runs import SCORE, largest_difference, stages
 
 

@@ -52,7 +52,7 @@ def test_a_model_handed_over_is_trained_in_place_as_its_source_would_be(tmp_path
     assert handed.policy is model
     assert largest_difference(weights(named), weights(handed)) == 0.0
     assert largest_difference(before, weights(handed)) > 1e-4
-    base = {name: value for name, value in handed.reference_model.state_dict().items()}
+    base = {name: value for name, value in handed.reference_model.model.state_dict().items()}
     assert largest_difference(before, base) == 0.0, "a copy from before training"
 
 
@@ -75,7 +75,9 @@ def test_a_reference_model_handed_over_is_frozen_and_left_alone(tmp_path, folder
     before = {name: value.clone() for name, value in base.state_dict().items()}
     module = GRAOModule(policy=model, reference_model=base, learning_rate=1e-3)
     fit(tmp_path, module=module, max_steps=1)
-    assert module.reference_model is base and not any(p.requires_grad for p in base.parameters())
+    assert module.reference_model.model is base and not any(
+        p.requires_grad for p in base.parameters()
+    )
     assert largest_difference(before, dict(base.state_dict())) == 0.0
     assert module.step_values["kl"] != 0, "another base than the policy's own"
 

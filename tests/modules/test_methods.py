@@ -172,7 +172,10 @@ def test_dpo_takes_the_gradient_of_its_loss_on_plain_logits(tmp_path, kind):
     settings, losses = DPOSettings(kind, 0.3), []
     for pair in zip(chosen, rejected, strict=True):
         ratios = [
-            (naive_logprobs(module.policy, row) - naive_logprobs(module.reference_model, row)).sum()
+            (
+                naive_logprobs(module.policy, row)
+                - naive_logprobs(module.reference_model.model, row)
+            ).sum()
             for row in pair
         ]
         lengths = [torch.tensor(len(row.answer_ids)) for row in pair]
@@ -190,7 +193,7 @@ def test_ppo_takes_the_gradient_written_out_token_by_token(tmp_path):
     advantages, returns, logprobs, values = [], [], [], []
     for row, score in zip(grab.batch.completion_rows(), scores, strict=True):
         own, states = naive_logprobs(module.policy, row, states=True)
-        frozen = naive_logprobs(module.reference_model, row).detach()
+        frozen = naive_logprobs(module.reference_model.model, row).detach()
         value = module.value_head(states)[:, 0]
         reward = -0.05 * (own.detach() - frozen)
         reward[-1] += score

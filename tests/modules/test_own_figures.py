@@ -60,7 +60,7 @@ def test_sft_without_rewards_validates_the_loss_of_the_reference_answers(tmp_pat
     rows = held_out().reference_answer_rows()
     tokens = torch.tensor([len(row.answer_ids) for row in rows])
     assert set(module.estimates) == {"loss", "base_loss"}
-    for name, model in (("loss", module.policy), ("base_loss", module.reference_model)):
+    for name, model in (("loss", module.policy), ("base_loss", module.reference_model.model)):
         expected = nats(model, rows).sum() / tokens.sum()
         assert module.estimates[name].value == pytest.approx(expected.item(), rel=1e-5)
         low, high = module.estimates[name][1:]
@@ -74,7 +74,7 @@ def test_dpo_without_rewards_validates_loss_accuracy_and_margin_of_held_out_pair
     module = finished(tmp_path, DPOModule, beta=0.5)
     batch = held_out(pairs=True)
     rows = batch.reference_answer_rows() + batch.rejected_answer_rows()
-    ratios = nats(module.reference_model, rows) - nats(module.policy, rows)
+    ratios = nats(module.reference_model.model, rows) - nats(module.policy, rows)
     chosen, rejected = (0.5 * part for part in ratios.split(9))
     margins = chosen - rejected
     expected = {

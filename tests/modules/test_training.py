@@ -218,9 +218,9 @@ def test_the_reference_model_never_changes_and_the_policy_does(tmp_path):
     module = grao()
     before = weights(fit(tmp_path, module=grao(), max_steps=0))
     fit(tmp_path, module=module)
-    frozen = module.reference_model.state_dict()
+    frozen = module.reference_model.model.state_dict()
     assert largest_difference(before, frozen) == 0.0
-    assert not any(p.requires_grad for p in module.reference_model.parameters())
+    assert not any(p.requires_grad for p in module.reference_model.model.parameters())
     assert largest_difference(before, weights(module)) > 1e-4
 
 
@@ -376,7 +376,9 @@ def written_out(module, batch, *, gate: bool, masked: bool) -> dict[str, torch.T
     def mean(prompt_ids, answer_ids, coefficient):
         """l(x), without the tokens that ``coefficient`` pushes further out."""
         own = logprobs(module.policy, prompt_ids, answer_ids)
-        ratio = (own - logprobs(module.reference_model, prompt_ids, answer_ids)).detach().exp()
+        ratio = (
+            (own - logprobs(module.reference_model.model, prompt_ids, answer_ids)).detach().exp()
+        )
         out = ((ratio < LOW) & (coefficient < 0)) | ((ratio > HIGH) & (coefficient > 0))
         dropped.append(out.double())
         return (own * ~out if masked else own).sum() / len(own)
@@ -476,8 +478,8 @@ def test_a_resumed_run_keeps_the_untrained_reference_model_and_goes_on_counting(
     resumed = fit(
         tmp_path, module=grao(), max_steps=6, ckpt_path=str(tmp_path / "saved/three.ckpt")
     )
-    frozen = resumed.reference_model.state_dict()
-    assert largest_difference(whole.reference_model.state_dict(), frozen) == 0.0
+    frozen = resumed.reference_model.model.state_dict()
+    assert largest_difference(whole.reference_model.model.state_dict(), frozen) == 0.0
     assert resumed.num_sampled_tokens == whole.num_sampled_tokens
 
 
@@ -506,7 +508,7 @@ def test_policy_and_reference_model_take_the_attention_asked_for(tmp_path):
     options = {"attn_implementation": "eager"}
     module = grao(reference_model="embedded:keywords", **options)
     fit(tmp_path, module=module, max_steps=0)
-    for model in (module.policy, module.reference_model):
+    for model in (module.policy, module.reference_model.model):
         assert model.config._attn_implementation == "eager"
 
 
@@ -515,7 +517,7 @@ def test_dropout_acts_on_the_policy_in_training_and_never_on_the_reference_model
 
     class Modes(Callback):
         def on_train_batch_end(self, trainer, pl_module, *_) -> None:
-            modes.append((pl_module.policy.training, pl_module.reference_model.training))
+            modes.append((pl_module.policy.training, pl_module.reference_model.model.training))
 
     # Validation switches the whole module to evaluation and back.
     module = fit(
@@ -523,7 +525,7 @@ def test_dropout_acts_on_the_policy_in_training_and_never_on_the_reference_model
     )
     assert modes == [(True, False)] * 3
     module.train()
-    assert not any(part.training for part in module.reference_model.modules())
+    assert not any(part.training for part in module.reference_model.model.modules())
 
 
 def test_ranks_exchange_gradients_once_a_step_with_the_last_micro_batch(tmp_path):

@@ -65,7 +65,7 @@ def test_a_copy_of_a_model_that_was_tried_is_sampled_from_as_the_model_is(name, 
 def test_a_policy_and_its_frozen_copy_are_tried_once_together(trials):
     module = GRAOModule(policy="embedded:keywords-weak")
     module.configure_model()
-    for model in (module.policy, module.reference_model):
+    for model in (module.policy, module.reference_model.model):
         sample(model, [[1, 2], [3]], 2, 3)
     assert trials == [module.policy]
 

@@ -12,6 +12,7 @@ from grao_lightning.callbacks.sampling import GroupSampling
 from grao_lightning.callbacks.scoring import GroupScoring
 from grao_lightning.display.vocabulary import figure_of
 from grao_lightning.faults import Faults, UserError
+from grao_lightning.strategies.sharded import ShardedStrategy
 
 _STAGES = (GroupSampling, GroupScoring, ReferenceAwareClipping)
 _MADE = "or make the Trainer with grao_lightning.make_trainer"
@@ -45,6 +46,7 @@ def run_faults(trainer: Trainer, module: Any, data: Any, command: str | None) ->
     faults.add(*_trainer_faults(trainer, command))
     faults.add(*_clipping_faults(trainer, module))
     faults.add(*_precision_faults(trainer, module))
+    faults.add(*_sharding_faults(trainer, module))
     faults.add(*_monitor_faults(trainer, module))
     return faults
 
@@ -151,12 +153,54 @@ def _trainer_faults(trainer: Trainer, command: str | None) -> Faults:
             f"{trainer.accumulate_grad_batches}: raise data.prompts_per_step for larger steps, "
             "lower model.micro_batch_tokens to save memory"
         )
-    strategy = type(trainer.strategy).__name__
-    if "DeepSpeed" in strategy or "FSDP" in strategy or "ModelParallel" in strategy:
+    device = trainer.strategy.root_device.type
+    if getattr(module, "activation_offload", False) and device != "cuda":
         faults.add(
-            f"trainer.strategy must keep whole gradients on every device, or their norm is not "
-            f"clipped; got {strategy}: use auto or ddp"
+            "model.activation_offload must be false where activations are in the host's memory "
+            f"already; got true with trainer.accelerator={device}: remove it, or recompute them by "
+            "model.gradient_checkpointing=true"
         )
+    strategy = type(trainer.strategy).__name__
+    ours = isinstance(trainer.strategy, ShardedStrategy)
+    if not ours and any(name in strategy for name in ("DeepSpeed", "FSDP", "ModelParallel")):
+        faults.add(
+            "trainer.strategy must be auto, ddp or fsdp2: others deal out weights or gradients in "
+            f"ways that neither clipping nor sampling here knows; got {strategy}: use fsdp2, which "
+            "deals them out too"
+        )
+    return faults
+
+
+def _sharding_faults(trainer: Trainer, module: Any) -> Faults:
+    """Return what does not go with weights that are dealt out over devices."""
+    faults = Faults()
+    if not isinstance(trainer.strategy, ShardedStrategy):
+        return faults
+    faults.add(*trainer.strategy.faults())
+    if module.activation_offload:
+        faults.add(
+            "model.activation_offload must be false with trainer.strategy=fsdp2, whose gathered "
+            "weights it would take for activations; got true: use model.gradient_checkpointing"
+        )
+    if module.master_weights:
+        faults.add(
+            "model.master_weights must be false with trainer.strategy=fsdp2, whose checkpoints "
+            "would lose them; got true: remove it and set trainer.precision=bf16-mixed, which "
+            "keeps the weights in float32 and computes in bfloat16"
+        )
+    if module.lora is not None and module.lora.quantize is not None:
+        faults.add(
+            "model.lora.quantize must be null with trainer.strategy=fsdp2, which has not been seen "
+            f"to deal out {module.lora.quantize} weights rightly; got {module.lora.quantize}: use "
+            "ddp, or remove it"
+        )
+    for name, source in module.sources.items():
+        if not isinstance(source, str | None):
+            faults.add(
+                f"model.{name} must be a name, folder or file with trainer.strategy=fsdp2, so that "
+                f"every device reads its part alone; got a {type(source).__name__} that is whole: "
+                "save it with save_pretrained(folder) and give the folder"
+            )
     return faults
 
 
@@ -175,8 +219,15 @@ def _precision_faults(trainer: Trainer, module: Any) -> Faults:
             f"got true with trainer.precision={precision}: remove it, or set "
             "trainer.precision=bf16-true"
         )
+    if module.stochastic_rounding and (precision != "bf16-true" or module.lora is not None):
+        what = precision if module.lora is None else f"{precision} and model.lora"
+        faults.add(
+            "model.stochastic_rounding must be false where what is trained is not bfloat16 and no "
+            f"step rounds away; got true with trainer.precision={what}: remove it"
+        )
     dtype = getattr(module.trained_source, "dtype", None)
-    if dtype in (torch.bfloat16, torch.float16) and precision not in ("bf16-true", "16-true"):
+    small = dtype in (torch.bfloat16, torch.float16) and module.lora is None
+    if small and precision not in ("bf16-true", "16-true"):
         faults.add(
             f"{module.source_setting} must have float32 weights with trainer.precision="
             f"{precision}, since small steps round away in {str(dtype)[6:]}; got "
