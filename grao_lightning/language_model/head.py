@@ -349,7 +349,7 @@ class _HeadLoss(torch.autograd.Function):
         to_states, to_weight, to_bias = ctx.gradients
         del ctx.gradients  # they may be as large as the head
         if ctx.grown:  # no wait for the device
-            torch._assert_async(gradient == 1, "into_grad: the loss must be differentiated as it is")
+            torch._assert_async(gradient == 1, "into_grad: the loss must not be scaled")
         scaled = [
             None if part is None else part.mul_(gradient.to(part.dtype))
             for part in (to_states, to_weight, to_bias)

@@ -24,7 +24,9 @@ def activations_on_host(model: Any, device_type: str = "cuda") -> AbstractContex
         stays = tensor.device.type != device_type
         if stays or tensor.untyped_storage().data_ptr() in weights:
             return tensor.device, tensor
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, layout=tensor.layout, pin_memory=pinned)
+        host = torch.empty(
+            tensor.shape, dtype=tensor.dtype, layout=tensor.layout, pin_memory=pinned
+        )
         host.copy_(tensor, non_blocking=pinned)
         return tensor.device, host
 

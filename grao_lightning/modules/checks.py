@@ -44,6 +44,7 @@ def run_faults(trainer: Trainer, module: Any, data: Any, command: str | None) ->
         faults.add(*data.faults(trainer.world_size))
     faults.add(*_stage_faults(trainer, module))
     faults.add(*_trainer_faults(trainer, command))
+    faults.add(*_offload_faults(trainer, module))
     faults.add(*_clipping_faults(trainer, module))
     faults.add(*_precision_faults(trainer, module))
     faults.add(*_sharding_faults(trainer, module))
@@ -153,13 +154,6 @@ def _trainer_faults(trainer: Trainer, command: str | None) -> Faults:
             f"{trainer.accumulate_grad_batches}: raise data.prompts_per_step for larger steps, "
             "lower model.micro_batch_tokens to save memory"
         )
-    device = trainer.strategy.root_device.type
-    if getattr(module, "activation_offload", False) and device != "cuda":
-        faults.add(
-            "model.activation_offload must be false where activations are in the host's memory "
-            f"already; got true with trainer.accelerator={device}: remove it, or recompute them by "
-            "model.gradient_checkpointing=true"
-        )
     strategy = type(trainer.strategy).__name__
     ours = isinstance(trainer.strategy, ShardedStrategy)
     if not ours and any(name in strategy for name in ("DeepSpeed", "FSDP", "ModelParallel")):
@@ -201,6 +195,18 @@ def _sharding_faults(trainer: Trainer, module: Any) -> Faults:
                 f"every device reads its part alone; got a {type(source).__name__} that is whole: "
                 "save it with save_pretrained(folder) and give the folder"
             )
+    return faults
+
+
+def _offload_faults(trainer: Trainer, module: Any) -> Faults:
+    faults = Faults()
+    device = trainer.strategy.root_device.type
+    if module.activation_offload and device != "cuda":
+        faults.add(
+            "model.activation_offload must be false where activations are in the host's memory "
+            f"already; got true with trainer.accelerator={device}: remove it, or recompute them by "
+            "model.gradient_checkpointing=true"
+        )
     return faults
 
 

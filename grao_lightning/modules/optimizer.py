@@ -98,7 +98,7 @@ def low_bit_adamw(
 
     base: Any = getattr(torchao.optim, _IN_TORCHAO.get(name, "_AdamW"))
 
-    class LowBitAdamW(base):  # type: ignore[misc]
+    class LowBitAdamW(base):
         def step(self, closure: Callable[[], Any] | None = None) -> Any:
             result = None
             if closure is not None:
@@ -131,7 +131,8 @@ def _drawn_from(step: int, parameters: Iterable[Tensor]) -> Iterator[None]:
     for parameter in parameters:
         devices.add(parameter.device)
         if isinstance(parameter, DTensor):
-            placed = zip(parameter.device_mesh.get_coordinate() or (), parameter.placements)
+            coordinate = parameter.device_mesh.get_coordinate() or ()
+            placed = zip(coordinate, parameter.placements, strict=True)
             shards = tuple(at for at, placement in placed if placement.is_shard())
     cuda = [device for device in devices if device.type == "cuda"]
     with torch.random.fork_rng(cuda):
@@ -185,9 +186,7 @@ class MasterWeights(Optimizer):
         self._pass_settings(self, self._inner)
         pairs = [
             (parameter, master)
-            for parameter, master in zip(
-                self.param_groups[0]["params"], self._masters, strict=True
-            )
+            for parameter, master in zip(self.param_groups[0]["params"], self._masters, strict=True)
             if parameter.grad is not None
         ]
         for first in range(0, len(pairs), AT_ONCE):

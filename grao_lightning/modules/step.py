@@ -35,8 +35,8 @@ from grao_lightning.language_model.loading import (
     has_tokenizer,
     source_name,
 )
-from grao_lightning.language_model.sharded import Sharding
 from grao_lightning.language_model.offload import activations_on_host
+from grao_lightning.language_model.sharded import Sharding
 from grao_lightning.language_model.tokenizing import (
     TokenizerSource,
     check_vocabulary,
@@ -374,7 +374,6 @@ class StepModule(NamedSettings, LightningModule):
             master_weights=self.master_weights,
             stochastic_rounding=self.stochastic_rounding,
             fused=self.trainer.precision != "16-mixed",
-            lr=self.learning_rate,
             lr=self.learning_rate,
             weight_decay=self.weight_decay,
             betas=(self.betas[0], self.betas[1]),

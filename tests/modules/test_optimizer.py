@@ -5,7 +5,7 @@ import torch
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from grao_lightning.modules.optimizer import MasterWeightsAdamW
+from grao_lightning.modules.optimizer import MasterWeights
 
 OPTIONS = {"lr": 1e-3, "weight_decay": 0.1, "betas": (0.8, 0.9), "fused": True}
 
@@ -30,7 +30,7 @@ def run(optimizer, steps: range) -> None:
         optimizer.step()
 
 
-def masters(optimizer: MasterWeightsAdamW) -> list[torch.Tensor]:
+def masters(optimizer: MasterWeights) -> list[torch.Tensor]:
     return optimizer.state_dict()["master_weights"]
 
 
@@ -44,7 +44,7 @@ def test_weights_are_those_of_adamw_in_float32_rounded_at_every_rate_of_a_schedu
 ):
     monkeypatch.setattr("grao_lightning.modules.optimizer.AT_ONCE", at_once)
     rounded, whole = parameters(), parameters(torch.float32)
-    optimizers = [MasterWeightsAdamW(rounded, **OPTIONS), AdamW(whole, **OPTIONS)]
+    optimizers = [MasterWeights(rounded, **OPTIONS), AdamW(whole, **OPTIONS)]
     schedules = [LambdaLR(optimizer, lambda step: 1 / (1 + step)) for optimizer in optimizers]
     for step in range(5):
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
@@ -61,7 +61,7 @@ def test_steps_too_small_for_bfloat16_add_up():
     40 steps of 1e-4 lead to 0.996, which rounds to 1 - 1/256; each alone rounds back to 1.
     """
     ends = []
-    for kind in (MasterWeightsAdamW, AdamW):
+    for kind in (MasterWeights, AdamW):
         weight = torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
         optimizer = kind([weight], lr=1e-4, weight_decay=0.0)
         for _ in range(40):
@@ -73,25 +73,25 @@ def test_steps_too_small_for_bfloat16_add_up():
 
 def test_a_restored_optimizer_goes_on_as_if_it_had_never_stopped(tmp_path):
     whole = parameters()
-    uninterrupted = MasterWeightsAdamW(whole, **OPTIONS)
+    uninterrupted = MasterWeights(whole, **OPTIONS)
     run(uninterrupted, range(3))
     uninterrupted.param_groups[0]["lr"] = 2e-3  # as a schedule does behind a step
     torch.save((uninterrupted.state_dict(), whole), tmp_path / "state.pt")
     run(uninterrupted, range(3, 6))
     state, resumed = torch.load(tmp_path / "state.pt", weights_only=True)
-    restored = MasterWeightsAdamW(resumed, **{**OPTIONS, "lr": 1.0})
+    restored = MasterWeights(resumed, **{**OPTIONS, "lr": 1.0})
     restored.load_state_dict(state)
     run(restored, range(3, 6))
     assert same(whole, resumed) and same(masters(uninterrupted), masters(restored))
 
 
-@pytest.mark.parametrize("kinds", [(AdamW, MasterWeightsAdamW), (MasterWeightsAdamW, AdamW)])
+@pytest.mark.parametrize("kinds", [(AdamW, MasterWeights), (MasterWeights, AdamW)])
 def test_either_optimizer_goes_on_from_the_others_checkpoint(kinds):
     weights = parameters()
     first = kinds[0](weights, **OPTIONS)
     run(first, range(3))
     second = kinds[1](weights, **{**OPTIONS, "lr": 1.0})
-    if kinds[1] is MasterWeightsAdamW:
+    if kinds[1] is MasterWeights:
         second._masters[0].zero_()  # restoring must not rely on what was there when it was made
     second.load_state_dict(first.state_dict())
     before = [weight.detach().clone() for weight in weights]
@@ -103,7 +103,7 @@ def test_either_optimizer_goes_on_from_the_others_checkpoint(kinds):
 
 def test_gradients_count_as_the_closure_leaves_them_and_those_it_removes_change_nothing():
     weights = parameters()
-    optimizer = MasterWeightsAdamW(weights, **OPTIONS)
+    optimizer = MasterWeights(weights, **OPTIONS)
     run(optimizer, range(1))
     before = [value.clone() for value in masters(optimizer)]
     for weight, gradient in zip(weights, gradients(1), strict=True):
@@ -122,5 +122,5 @@ def test_gradients_count_as_the_closure_leaves_them_and_those_it_removes_change_
 def test_frozen_parameters_have_no_master():
     weights = parameters()
     weights[0].requires_grad_(False)
-    optimizer = MasterWeightsAdamW(weights, **OPTIONS)
+    optimizer = MasterWeights(weights, **OPTIONS)
     assert [len(value) for value in masters(optimizer)] == [5]
