@@ -123,7 +123,7 @@ def front(work: Workload) -> list[Figures]:
     found: list[Figures] = []
     for settings in [{}, *({"micro_batch_tokens": size} for size in FRONT), LEAN]:
         ours = Contender("ours", work, settings, warmup=1)
-        for _ in range(3):
+        for _ in range(2):
             ours.step()
         ours.close()
         found.append(ours.figures())
@@ -273,6 +273,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--stops", action="store_true", help="let end-of-sequence end completions")
     parser.add_argument("--curves", action="store_true", help="along sizes, of the first dtype")
     parser.add_argument("--micro_batches", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument(
+        "--no_sweep", action="store_true", help="TRL's micro-batches take turns too, none ahead"
+    )
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--output", type=Path, help="JSON file of results, kept as they come")
@@ -325,7 +328,7 @@ def measure_point(work: Workload, rows: Path, span: tuple[int, int], options: An
     print(f"  prompts of {prompts} tokens, G = {work.group_size}", flush=True)
     swept = []
     settings: list[tuple[str, dict[str, Any]]]
-    if options.curves or len(sizes) == 1:
+    if options.curves or options.no_sweep or len(sizes) == 1:
         settings = [("trl", {"per_device_train_batch_size": size}) for size in sizes]
     else:
         swept = sweep(work, sizes)
@@ -344,14 +347,16 @@ def measure_point(work: Workload, rows: Path, span: tuple[int, int], options: An
         pairs=options.pairs,
         full_length=not options.stops,
     )
-    lean = [figures for figures in others if figures["contender"] == "trl"]
+    slower = [figures for figures in others if figures["contender"] == "trl"]
+    lean = sorted([*slower, trl], key=lambda figures: figures["peak_mb"])
     ours = [figures for figures in others if figures["contender"] == "ours"]
     return {
         "prompts": prompts,
         "sweep": swept,
         "front": fronted,
         "trl": trl,
-        "trl_lean": lean[0] if lean else None,
+        "trl_slower": slower,
+        "trl_lean": lean[0],
         "ours": ours,
     }
 

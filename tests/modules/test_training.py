@@ -131,7 +131,7 @@ def masters(module) -> dict[str, torch.Tensor]:
     ids=["plain", "masters", "low bit"],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, options, precision, monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)  # torchao would compile
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # torchao would
     whole = fit(tmp_path, module=grao(**options), max_steps=6, precision=precision)
     saver = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=3, filename="three")
     fit(
