@@ -53,8 +53,8 @@ class LoRA(NamedSettings):
             its own.
         dropout: Of what goes into an adapter, in training.
         target_modules: Names, or ends of names, of the linear modules that get an adapter, or a
-            regular expression of whole names; "all-linear" = all but the head, of an adapter folder
-            its own.
+            regular expression of whole names; "all-linear" = all but the head, and a
+            mixture's experts where peft can; of an adapter folder its own.
         base: Of an adapter folder, the model it belongs to; null = the one that its
             adapter_config.json names.
         quantize: "nf4" = 4 bits for each of the frozen weights (QLoRA, arXiv 2305.14314); null =
@@ -87,7 +87,7 @@ class LoRA(NamedSettings):
             faults.one_of(f"{setting}.quantize", self.quantize, get_args(Quantize))
         packages, extra = ["peft"], "lora"
         if self.quantize:
-            packages, extra = [*packages, "bitsandbytes"], "qlora"
+            packages, extra = [*packages, "bitsandbytes", "accelerate"], "qlora"
         faults.add(extra_fault(setting, packages, extra))
         return faults
 
@@ -132,11 +132,24 @@ def adapter_base(source: str) -> str | None:
     return base or None
 
 
+def adapter_labels(source: str) -> int | None:
+    """Return how many labels a classifier's adapter gives scores for, None if it holds no head."""
+    from peft import load_peft_weights
+
+    weights = load_peft_weights(str(Path(source).expanduser()), device="cpu")
+    heads = [
+        value.shape[0]
+        for name, value in weights.items()
+        if value.dim() == 2 and "lora_" not in name and set(_HEADS) & set(name.split("."))
+    ]
+    return min(heads, default=None)  # a head may have a layer before its last one
+
+
 def _unknown_parts(config: dict[str, Any]) -> str | None:
     """Return in what an adapter goes beyond matrices beside linear modules, as far as we know."""
     if config.get("bias", "none") != "none":
         return f"bias={config['bias']}, which changes the model itself"
-    parts = ("trainable_token_indices", "layer_replication", "target_parameters")
+    parts = ("trainable_token_indices", "layer_replication")
     return next((f"{part}={config[part]}" for part in parts if config.get(part)), None)
 
 
@@ -162,6 +175,29 @@ def lasting(source: str) -> str:
     """Return a source as another folder may name it: of a local one the whole path."""
     path = Path(source).expanduser()
     return str(path.resolve()) if path.exists() else source
+
+
+def quantization(
+    quantize: Quantize | None, device: torch.device, *, lowered: bool
+) -> dict[str, Any]:
+    """Return what makes ``from_pretrained`` keep the weights of linear modules in few bits.
+
+    Args:
+        quantize: How; None: not at all.
+        device: Where the model is to be.
+        lowered: Whether products are computed in bfloat16, else in float32.
+    """
+    if quantize is None:
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantize,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if lowered else torch.float32,
+    )
+    return {"quantization_config": config, "device_map": {"": str(device)}}
 
 
 # -- a model and its adapters ----------------------------------------------------------------------
@@ -242,7 +278,7 @@ class Adapters:
 
     def merged(self) -> Any:
         """Return the model with the adapters' updates in its weights, and without adapters."""
-        return self.peft.merge_and_unload(adapter_names=[_OWN])
+        return self.peft.merge_and_unload(adapter_names=[_OWN]).requires_grad_(True)
 
 
 def new_adapters(
@@ -274,9 +310,9 @@ def new_adapters(
         modules_to_save=sorted(whole) or None,
     )
     adapters = _adapted(setting, model, config)
-    if isinstance(settings.target_modules, list):
+    if isinstance(settings.target_modules, list) and not config.target_parameters:
         _check_names(setting, model, settings.target_modules)
-    _tell_unreached(model)
+    _tell_reach(model)
     return _deal_out(setting, adapters)
 
 
@@ -340,6 +376,7 @@ def kept_adapters(setting: str, model: Any, config: dict[str, Any]) -> Adapters:
 def _adapted(setting: str, model: Any, config: Any) -> Adapters:
     from peft import get_peft_model
 
+    _keep_format(model)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # of names that were read from a configuration
         torch.manual_seed(run_seed())  # of A, on every rank and in every run
@@ -354,6 +391,17 @@ def _adapted(setting: str, model: Any, config: Any) -> Adapters:
     return Adapters(peft)
 
 
+def _keep_format(model: Any) -> None:
+    """Keep few-bit weights in the format in which their product has a gradient.
+
+    On some CPUs bitsandbytes packs them anew in a pass without gradients, as of sampling, and then
+    multiplies in training by what has none: gradients of adapters below were wrong.
+    """
+    for part in model.modules():
+        if hasattr(part, "support_avx512bf16_for_cpu"):
+            part.support_avx512bf16_for_cpu = False
+
+
 def _deal_out(setting: str, adapters: Adapters) -> Adapters:
     """Deal out adapters over the ranks that share the model's weights, all of them together.
 
@@ -364,6 +412,12 @@ def _deal_out(setting: str, adapters: Adapters) -> Adapters:
     if shards is None:
         return adapters
     layers = _layers(model)
+    if _adapts_experts(model):
+        raise UserError(
+            f"{setting}.target_modules must leave out experts with trainer.strategy=fsdp2, since "
+            "peft forms their weights anew from whole ones; name the attention's modules, such as "
+            "[q_proj, k_proj, v_proj, o_proj], or use ddp"
+        )
     for layer in layers:
         if layer.lora_A[_OWN].in_features != layer.get_base_layer().in_features:
             raise UserError(
@@ -373,6 +427,9 @@ def _deal_out(setting: str, adapters: Adapters) -> Adapters:
     for name in (_OWN, _START) if adapters.start else (_OWN,):
         pairs = [(layer.lora_A[name], layer.lora_B[name]) for layer in layers]
         shards.shard_within([part for pair in pairs for part in pair])
+    for part in _trained_copies(model):
+        part._apply(lambda value: value.full_tensor() if hasattr(value, "full_tensor") else value)
+        shards.shard_within([part])
     whole = [name for name, value in model.named_parameters()
              if value.requires_grad and not hasattr(value, "device_mesh")]  # fmt: skip
     if whole:
@@ -457,8 +514,22 @@ def _fill(setting: str, adapters: Adapters, weights: Any, folder: str, name: str
         )
 
 
-def _tell_unreached(model: Any) -> None:
-    """Say which large weights stay as they are since no linear module holds them."""
+def _adapts_experts(model: Any) -> bool:
+    """Return whether weights that stand together, as those of all experts, have an adapter."""
+    from peft.tuners.lora.layer import ParamWrapper
+
+    return any(isinstance(part, ParamWrapper) for part in model.modules())
+
+
+def _tell_reach(model: Any) -> None:
+    """Say what adapters of experts cost, and which large weights stay as they are."""
+    if _adapts_experts(model):
+        log.warning(
+            "%s: its experts get adapters, for which peft forms the weights of all experts anew in "
+            "every pass and keeps them for the backward pass: if memory runs out, name the "
+            "attention's modules in model.lora.target_modules, or set model.gradient_checkpointing",
+            type(model).__name__,
+        )
     total = sum(parameter.numel() for parameter in model.parameters())
     reached = {id(p) for part in [*_ends(model), *_layers(model)] for p in part.parameters()}
     left = {
@@ -545,6 +616,14 @@ def _layers(model: Any) -> list[Any]:
 
     return [part for part in model.modules()
             if isinstance(part, BaseTunerLayer) and hasattr(part, "base_layer")]  # fmt: skip
+
+
+def _trained_copies(model: Any) -> list[nn.Module]:
+    """Return the copies of a classifier's modules that are trained as they are."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    wrappers = [part for part in model.modules() if isinstance(part, ModulesToSaveWrapper)]
+    return [wrapper.modules_to_save[_OWN] for wrapper in wrappers]
 
 
 def _of_adapters(layer: Any) -> list[nn.Parameter]:

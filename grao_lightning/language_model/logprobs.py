@@ -21,9 +21,9 @@ from grao_lightning.language_model.sharded import device_of, passes_over_ranks
 from grao_lightning.language_model.sharing import padding_is_exact, shares_prompts
 from grao_lightning.language_model.states import (
     Way,
-    answer_states,
     decoder_reader,
     logits_reader,
+    states_and_targets,
 )
 from grao_lightning.language_model.trial import decoder_of
 
@@ -38,8 +38,7 @@ class TokenLogprobs:
         loss: Scalar ``-sum_t w_t log pi(t)``, with a gradient; 0 without weights.
         flat: [K] nats.
         entropy: [K] nats, of the whole next-token distribution.
-        row: [K] long, the row each token belongs to.
-        lengths: [R] long, answer tokens of each row.
+        lengths: R numbers, answer tokens of each row.
         states: [K, H] from which each token was predicted, with a gradient; None where the model's
             head is unknown.
     """
@@ -47,13 +46,12 @@ class TokenLogprobs:
     loss: Tensor
     flat: Tensor
     entropy: Tensor
-    row: Tensor
-    lengths: Tensor
+    lengths: list[int]
     states: Tensor | None
 
     def by_row(self) -> list[Tensor]:
         """Return one [T] tensor a row."""
-        return list(self.flat.split(self.lengths.tolist()))
+        return list(self.flat.split(self.lengths))
 
 
 @dataclass(frozen=True)
@@ -106,22 +104,19 @@ def _token_logprobs(
 ) -> TokenLogprobs:
     if not rows:
         return _of_no_rows(model, temperature)
-    device = device_of(model)
-    lengths = torch.tensor([len(row.answer_ids) for row in rows], device=device)
-    row = torch.arange(len(rows), device=device).repeat_interleave(lengths)
-    targets = torch.tensor([token for row in rows for token in row.answer_ids], device=device)
+    lengths = [len(row.answer_ids) for row in rows]
     knows_head = head_obstacle(model) is None
     read = decoder_reader(decoder_of(model)) if knows_head else logits_reader(model)
     way: Way = "packed" if _packs(model) else "padded"
     if way == "padded" and not padding_is_exact(model, read):
         way = "one by one"
     check_length(model, max(map(len, rows)))
-    states = answer_states(model, rows, way, read)
+    states, targets = states_and_targets(model, rows, way, read)
     # Only now: a sharded head's weight is at hand once the decoder has run.
     head = head_of(model) if knows_head else None
     if head is None:
         loss, flat, entropy = _full_loss(states, targets, temperature, weigh)
-        return TokenLogprobs(loss, flat, entropy, row, lengths, None)
+        return TokenLogprobs(loss, flat, entropy, lengths, None)
     if weigh is not None and weigh_rows:
         _, flat, _ = head_loss(states.detach(), head, targets, temperature, None)
         weights = weigh(slice(0, len(targets)), flat)
@@ -137,7 +132,7 @@ def _token_logprobs(
         loss, flat, entropy = head_loss(
             states, head, targets, temperature, weigh, into_grad=into_grad
         )
-    return TokenLogprobs(loss, flat, entropy, row, lengths, states)
+    return TokenLogprobs(loss, flat, entropy, lengths, states)
 
 
 def _of_no_rows(model: Any, temperature: float) -> TokenLogprobs:
@@ -145,8 +140,7 @@ def _of_no_rows(model: Any, temperature: float) -> TokenLogprobs:
     weigh: Weigh | None = (lambda _, flat: flat * 0.0) if torch.is_grad_enabled() else None
     computed = _token_logprobs(model, [_FILLER], temperature, weigh, False, False)
     states = None if computed.states is None else computed.states[:0]
-    flat, entropy, none = computed.flat[:0], computed.entropy[:0], computed.row[:0]
-    return TokenLogprobs(computed.loss, flat, entropy, none, none, states)
+    return TokenLogprobs(computed.loss, computed.flat[:0], computed.entropy[:0], [], states)
 
 
 def frozen_logprobs(

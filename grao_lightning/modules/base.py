@@ -35,6 +35,7 @@ from grao_lightning.language_model.sharing import (
     silence_router_losses,
     tell_dropout,
 )
+from grao_lightning.language_model.transfer import sent
 from grao_lightning.metrics.outcomes import GainKind, TiesAs
 from grao_lightning.modules.step import Mode, StepModule, StepSettings
 from grao_lightning.modules.validation import MetricSet, ValidationMetrics
@@ -203,6 +204,7 @@ class AlignmentModule(StepModule):
             source = self.base_source  # its adapters are no part of it
         if isinstance(source, str):
             options: dict[str, Any] = {"attn_implementation": asked} if asked else {}
+            options |= self.quantization() if name == "policy" else {}
             model = load_model(f"model.{name}", source, self.sharding, **options)
         else:
             model = source
@@ -248,10 +250,9 @@ class AlignmentModule(StepModule):
             batch: Gets ``policy_logprobs``; with outward limits ``reference_model_logprobs`` is
                 read.
             rows: R prompts with their answers.
-            coefficients: [R] derivative of the objective by each row's mean log-probability,
-                already divided by counts over all devices.
+            coefficients: [R] on the host, derivative of the objective by each row's mean
+                log-probability, already divided by counts over all devices.
         """
-        coefficients = coefficients.to(self.device)
         if batch.outward_limits is not None:
             batch.statistics.mean("clip_ratio/outward", torch.empty(0))  # ranks without signal too
         collected = self.accumulate(
@@ -311,8 +312,10 @@ class AlignmentModule(StepModule):
     ) -> Weigh:
         """Return the weight of a token: its row's c_r over its row's length, 0 if masked out."""
         lengths = torch.tensor([len(rows[number].answer_ids) for number in numbers])
-        by_token = coefficients[numbers].repeat_interleave(lengths.to(self.device))
-        weights = by_token / lengths.repeat_interleave(lengths).to(self.device)
+        by_token = coefficients[numbers].repeat_interleave(lengths)
+        by_token, weights = sent(
+            self.device, by_token, by_token / lengths.repeat_interleave(lengths)
+        )
         limits, frozen = batch.outward_limits, batch.reference_model_logprobs
         if limits is None:
             return lambda part, logprobs: weights[part]
@@ -323,8 +326,8 @@ class AlignmentModule(StepModule):
             counts = outward_mask(
                 logprobs, frozen_logprobs[part], by_token[part], low=limits.low, high=limits.high
             )
-            pushed = by_token[part] != 0
-            batch.statistics.mean("clip_ratio/outward", (~counts[pushed]).double())
+            dropped = (~counts).double().where(by_token[part] != 0, torch.nan)
+            batch.statistics.mean("clip_ratio/outward", dropped)
             return weights[part] * counts
 
         return masked
@@ -367,11 +370,10 @@ class RowLogprobs:
 
     def add(self, numbers: list[int], computed: TokenLogprobs) -> None:
         """Keep the tokens of the rows ``numbers``."""
-        lengths = computed.lengths.tolist()
         parts = zip(
             numbers,
-            computed.flat.detach().split(lengths),
-            computed.entropy.split(lengths),
+            computed.flat.detach().split(computed.lengths),
+            computed.entropy.split(computed.lengths),
             strict=True,
         )
         for number, logprobs, entropy in parts:

@@ -16,6 +16,7 @@ from grao_lightning.strategies.sharded import ShardedStrategy
 
 _STAGES = (GroupSampling, GroupScoring, ReferenceAwareClipping)
 _MADE = "or make the Trainer with grao_lightning.make_trainer"
+_QUANTIZED = ("32-true", "bf16-true", "bf16-mixed")
 _WHOLE = ("32-true", "64-true")
 _MONITORS = ("val/ras", "val/loss", "val/accuracy")  # of one module or another
 
@@ -47,6 +48,7 @@ def run_faults(trainer: Trainer, module: Any, data: Any, command: str | None) ->
     faults.add(*_offload_faults(trainer, module))
     faults.add(*_clipping_faults(trainer, module))
     faults.add(*_precision_faults(trainer, module))
+    faults.add(_quantization_fault(trainer, module))
     faults.add(*_sharding_faults(trainer, module))
     faults.add(*_monitor_faults(trainer, module))
     return faults
@@ -208,6 +210,17 @@ def _offload_faults(trainer: Trainer, module: Any) -> Faults:
             "model.gradient_checkpointing=true"
         )
     return faults
+
+
+def _quantization_fault(trainer: Trainer, module: Any) -> str | None:
+    """Return that a run computes in a precision in which few-bit weights are not multiplied."""
+    precision = str(trainer.precision)
+    if module.lora is None or module.lora.quantize is None or precision in _QUANTIZED:
+        return None
+    return (
+        f"trainer.precision must be one of {', '.join(_QUANTIZED)} with model.lora.quantize="
+        f"{module.lora.quantize}; got {precision}"
+    )
 
 
 def _never_validates(trainer: Trainer) -> bool:

@@ -25,6 +25,7 @@ from grao_lightning.language_model.scores import (
     with_room,
 )
 from grao_lightning.language_model.sharing import share_prompts, shares_prompts
+from grao_lightning.language_model.transfer import sent
 from grao_lightning.metrics.outcomes import Estimate
 from grao_lightning.metrics.pairs import PairMetrics, ReliabilityBin
 from grao_lightning.modules.checks import check_pairs
@@ -178,6 +179,7 @@ class RewardModule(StepModule):
         options: dict[str, Any] = {"num_labels": 1}
         if asked:
             options["attn_implementation"] = asked
+        options |= self.quantization()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run_seed())  # of the new head, on every rank and in every run
             return load_classifier("model.backbone", source, self.sharding, **options)
@@ -204,16 +206,23 @@ class RewardModule(StepModule):
         total = self.global_sum(len(rows) / 2)
         parts = self._micro_batches(rows)
         micro_batches = [part.numbers for part in evened_out(self.reward_model, parts)]
-        scores = torch.empty(len(rows), dtype=torch.double)
+        found: list[Tensor] = []
         for at, numbers in enumerate(micro_batches, start=1):
             with self.kept_activations():
                 computed = row_scores(self.reward_model, [rows[number] for number in numbers])[:, 0]
-            own = None if margins is None else margins[numbers[0::2]].to(computed)
+            own = None
+            if margins is not None:
+                own = sent(self.device, margins[numbers[0::2]])[0].to(computed.dtype)
             loss = bradley_terry_loss(computed[0::2], computed[1::2], self.settings, own)
             self.backward_part(loss.sum() / total, is_last=at == len(micro_batches))
-            scores[numbers] = computed.detach().double().cpu()
-        self._note(batch, scores, margins)
+            found.append(computed.detach().double())
+        self._note(batch, self._in_order(found, micro_batches), margins)
         self.finish_step(batch)
+
+    def _in_order(self, found: list[Tensor], micro_batches: list[list[int]]) -> Tensor:
+        """Return the scores of all rows, [R] float64, from those of each micro-batch."""
+        places = torch.tensor([number for numbers in micro_batches for number in numbers])
+        return torch.cat(found)[sent(self.device, places.argsort())[0]]
 
     def _micro_batches(self, rows: list[TokenRow]) -> list[MicroBatch]:
         """Return rows by forward pass, a pair's chosen and rejected answer side by side."""
@@ -248,7 +257,7 @@ class RewardModule(StepModule):
     def _note(self, batch: PromptBatch, scores: Tensor, margins: Tensor | None) -> None:
         chosen, rejected = scores.view(2, -1)
         note, lead = batch.statistics.mean, chosen - rejected
-        own = None if margins is None else margins.double()
+        own = None if margins is None else sent(scores.device, margins.double())[0]
         note("loss", bradley_terry_loss(chosen, rejected, self.settings, own))
         note("accuracy", (lead > 0).double() + 0.5 * (lead == 0).double())
         note("margin", lead)
@@ -260,11 +269,13 @@ class RewardModule(StepModule):
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Take in the margins of one batch."""
         rows = self.rows(batch)
-        scores = torch.empty(len(rows), dtype=torch.double)
-        for part in evened_out(self.reward_model, self._micro_batches(rows)):
-            numbers = part.numbers
-            computed = row_scores(self.reward_model, [rows[number] for number in numbers])[:, 0]
-            scores[numbers] = computed.double().cpu()
+        parts = self._micro_batches(rows)
+        micro_batches = [part.numbers for part in evened_out(self.reward_model, parts)]
+        found = [
+            row_scores(self.reward_model, [rows[number] for number in numbers])[:, 0].double()
+            for numbers in micro_batches
+        ]
+        scores = self._in_order(found, micro_batches).cpu()
         lengths = torch.tensor([len(row.answer_ids) for row in rows], dtype=torch.double)
         (chosen, rejected), (of_chosen, of_rejected) = scores.view(2, -1), lengths.view(2, -1)
         self.validation_metrics.update(chosen - rejected, of_chosen - of_rejected)

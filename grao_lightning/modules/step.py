@@ -1,35 +1,22 @@
 """What every module shares: one optimiser step a batch, in micro-batches, on all devices."""
 
-import time
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Literal, TypedDict
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from grao_lightning.batch import PromptBatch
+from grao_lightning.callbacks.phase import clock
 from grao_lightning.data.templates import template_change
 from grao_lightning.faults import Faults, NamedSettings, UserError
-from grao_lightning.language_model.adapters import (
-    SLOW,
-    Adapters,
-    LoRA,
-    as_lora,
-    as_primitives,
-    base_fingerprint,
-    is_adapter,
-    new_adapters,
-    saved_adapters,
-)
+from grao_lightning.language_model.adapters import LoRA, as_lora, as_primitives, is_adapter
 from grao_lightning.language_model.frozen import FrozenModel
 from grao_lightning.language_model.kept import packed_source
 from grao_lightning.language_model.loading import (
     ModelSource,
-    base_of,
     eos_ids,
     first_mismatch,
     has_tokenizer,
@@ -44,6 +31,7 @@ from grao_lightning.language_model.tokenizing import (
     tokenizer_of,
 )
 from grao_lightning.metrics.outcomes import Estimate
+from grao_lightning.modules.adapted import AdaptedModule
 from grao_lightning.modules.checks import check_run
 from grao_lightning.modules.host_memory import give_back_memory
 from grao_lightning.modules.optimizer import (
@@ -81,7 +69,7 @@ class StepSettings(TypedDict, total=False):
     lora: LoRA | None
 
 
-class StepModule(NamedSettings, LightningModule):
+class StepModule(NamedSettings, AdaptedModule):
     """Takes one optimiser step a batch and logs what it and validation measured.
 
     Optimisation is manual: a batch is split into micro-batches by tokens, and every loss is divided
@@ -126,8 +114,6 @@ class StepModule(NamedSettings, LightningModule):
     #: The models' settings as they were given, the trained one first; set before ``__init__``. A
     #: dict hides models from PyTorch, which would take each for a part of its own.
     _sources: dict[str, Any]
-    #: The setting that names the trained model's source.
-    source_setting = "model.policy"
     #: Its charts on TensorBoard's custom-scalar page: title -> regular expressions of tags.
     charts: ClassVar[Charts] = {"loss": ["train/loss$"]}
 
@@ -152,14 +138,7 @@ class StepModule(NamedSettings, LightningModule):
         super().__init__()
         self._tokenizer_source = tokenizer
         self.lora = as_lora(lora)
-        objects: dict[str, Any] = {
-            name: source_name(source)
-            for name, source in {**self._sources, "tokenizer": tokenizer}.items()
-            if not isinstance(source, str | None)
-        }
-        if isinstance(lora, LoRA):
-            objects["lora"] = as_primitives(lora)
-        # Checkpoints hold primitives, and no second copy of a model.
+        objects = self._as_primitives(tokenizer=tokenizer, lora=lora)
         self.save_hyperparameters(ignore=list(objects))
         self.save_hyperparameters(objects)
         self.automatic_optimization = False
@@ -178,8 +157,6 @@ class StepModule(NamedSettings, LightningModule):
         self.share_prompts = share_prompts
         self.reference_model_source: str | None = None
         self.reference_model: FrozenModel | None = None
-        self.adapters: Adapters | None = None
-        self._base_fingerprint = ""  # of a model whose adapters alone are kept
         self.tokenizer: Any = None  # once `own_tokenizer` has loaded it
         self.validation_metrics: Any = None
         self.num_sampled_tokens = 0
@@ -188,6 +165,16 @@ class StepModule(NamedSettings, LightningModule):
         #: Whether the untrained base, which validation measures, is the start of its curves.
         self._base_is_start = False
         self._packed: Tensor | None = None
+
+    def _as_primitives(self, *, tokenizer: Any, lora: Any) -> dict[str, Any]:
+        """Return the settings that are objects as checkpoints keep them: no second copy of any."""
+        sources = {**self._sources, "tokenizer": tokenizer}
+        objects: dict[str, Any] = {
+            name: source_name(source)
+            for name, source in sources.items()
+            if not isinstance(source, str | None)
+        }
+        return {**objects, "lora": as_primitives(lora)} if isinstance(lora, LoRA) else objects
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Show all settings of a subclass."""
@@ -203,14 +190,6 @@ class StepModule(NamedSettings, LightningModule):
     def sources(self) -> dict[str, ModelSource | None]:
         """Return the models' settings as they were given, the trained one's first."""
         return self._sources
-
-    @property
-    def base_source(self) -> ModelSource:
-        """Return where the weights come from that adapters go with, else as `trained_source`."""
-        source = self.trained_source
-        if not isinstance(source, str):
-            return source
-        return base_of(self.source_setting, source, self.lora and self.lora.base)
 
     def own_tokenizer(self) -> Any:
         """Return the tokenizer, loaded on first use: the data needs it before there is a model.
@@ -254,11 +233,6 @@ class StepModule(NamedSettings, LightningModule):
         raise NotImplementedError
 
     @property
-    def drops_out(self) -> bool:
-        """Return whether our settings ask for dropout in training."""
-        return self.lora is not None and self.lora.dropout > 0
-
-    @property
     def samples(self) -> bool:
         """Return whether validation samples completions, scores them and gives RAS."""
         return False
@@ -292,61 +266,13 @@ class StepModule(NamedSettings, LightningModule):
         faults.add(optimizer_fault(self.optimizer, self.master_weights, self.stochastic_rounding))
         faults.one_of("model.schedule", self.schedule, ("constant", "linear", "cosine"))
         faults.add(tokenizer_fault(self.trained_source, self._tokenizer_source))
-        faults.add(*self._adapter_faults())
-        return faults
-
-    def _adapter_faults(self) -> Faults:
-        faults = Faults()
-        if self.lora is None:
-            return faults
-        faults.add(*self.lora.faults("model.lora"))
-        if self.lora.base is not None and not is_adapter(self.trained_source):
-            faults.add(
-                f"model.lora.base has no effect unless {self.source_setting} is an adapter folder; "
-                f"got {self.lora.base}: remove it"
-            )
-        if hasattr(self.trained_source, "peft_config"):
-            faults.add(
-                f"model.lora must be null with a {self.source_setting} that has adapters already; "
-                "got both: hand over the model without, or remove model.lora"
-            )
-        if self.master_weights:
+        faults.add(*self.adapter_faults())
+        if self.master_weights and self.lora is not None:
             faults.add(
                 "model.master_weights must be false with model.lora, whose adapters are float32 "
                 "themselves; got true: remove it"
             )
         return faults
-
-    def adapt(self, model: Any, made_up: Sequence[str] | None = None) -> None:
-        """Put adapters into the loaded model where ``model.lora`` asks for them.
-
-        Args:
-            model: As `base_source` has it.
-            made_up: Names of a classifier's weights that its source does not have; None: it is a
-                language model.
-        """
-        if self.lora is None:
-            return
-        self._base_fingerprint = base_fingerprint(model, self.lora.quantize, made_up or ())
-        source = self.trained_source
-        if isinstance(source, str) and is_adapter(source):
-            self.adapters = saved_adapters(
-                "model.lora", model, source, self.lora, start=made_up is None
-            )
-        else:
-            self.adapters = new_adapters("model.lora", model, self.lora, made_up=made_up)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "StepModule":
-        """Move and cast all; adapters stay float32 or wider on a model of less."""
-        own = set() if self.adapters is None else set(map(id, self.adapters.parameters()))
-
-        def applied(tensor: Tensor) -> Tensor:
-            found: Tensor = fn(tensor)
-            wide = torch.promote_types(found.dtype, torch.float32)
-            return tensor.to(found.device, wide) if id(tensor) in own else found
-
-        super()._apply(applied if own else fn, recurse)
-        return self
 
     def setup(self, stage: str) -> None:
         """Check the run as a whole; Lightning calls this before ``configure_model``."""
@@ -384,11 +310,7 @@ class StepModule(NamedSettings, LightningModule):
     def on_fit_start(self) -> None:
         """Put the model in training mode: Hugging Face loads models in evaluation mode."""
         self.train()
-        if self.lora is not None and 0 < self.learning_rate <= SLOW:
-            rank_zero_warn(
-                f"model.learning_rate={self.learning_rate:g} suits training of a whole model and "
-                "hardly moves an adapter; with model.lora 1e-4 to 1e-3 is usual"
-            )
+        self.tell_learning_rate(self.learning_rate)
 
     # -- one step ----------------------------------------------------------------------------------
 
@@ -415,11 +337,11 @@ class StepModule(NamedSettings, LightningModule):
         return self.reduce_over_ranks(torch.tensor([value], dtype=torch.double), "sum").item()
 
     def reduce_over_ranks(self, values: Tensor, operation: str) -> Tensor:
-        """Return values over all ranks; ``operation`` is "sum" or "max"."""
+        """Return values over all ranks, where they are; ``operation`` is "sum" or "max"."""
         if self.trainer.world_size == 1:
             return values
         reduced = self.trainer.strategy.reduce(values.to(self.device), reduce_op=operation)
-        return reduced.cpu()
+        return reduced.to(values.device)
 
     @property
     def owns_gradients(self) -> bool:
@@ -467,10 +389,10 @@ class StepModule(NamedSettings, LightningModule):
             seeds = (run_seed(), self.trainer.global_step, self.global_rank)
             torch.manual_seed(hash(seeds) % 2**63)
         give_back_memory()
-        self._update_started = time.perf_counter()
+        self._update_started = clock(self.device)
 
     def _log_step(self, batch: PromptBatch) -> None:
-        batch.seconds["update"] = time.perf_counter() - self._update_started
+        batch.seconds["update"] = clock(self.device) - self._update_started
         for phase, seconds in batch.seconds.items():
             batch.statistics.mean(f"perf/{phase}_time", seconds)
         values = batch.statistics.reduced(self.reduce_over_ranks)
@@ -541,14 +463,9 @@ class StepModule(NamedSettings, LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what export needs beside the weights, how prompts were read, what was drawn."""
-        if self.adapters is not None:
-            checkpoint["adapters"] = {
-                "config": self.adapters.config,
-                "base": self._base_fingerprint,
-                "source": source_name(self.base_source),
-                "quantize": self.lora and self.lora.quantize,
-                "dtype": str(self.adapters.dtype).removeprefix("torch."),
-            }
+        adapters = self.told_of_adapters()
+        if adapters is not None:
+            checkpoint["adapters"] = adapters
         checkpoint["base_is_start"] = self._base_is_start
         if self._packed is None:
             try:
@@ -570,7 +487,7 @@ class StepModule(NamedSettings, LightningModule):
         Raises:
             UserError: A run that goes on would read them otherwise, or trains other weights.
         """
-        self._compare_adapters(checkpoint.get("adapters"))
+        self.check_adapters(checkpoint.get("adapters"))
         self._base_is_start = self._base_is_start and checkpoint.get("base_is_start", True)
         data = self._data()
         if "chat_template" not in checkpoint or not hasattr(data, "template_in_use"):
@@ -581,49 +498,12 @@ class StepModule(NamedSettings, LightningModule):
         if fault:
             rank_zero_warn(f"{fault}. The figures are those of prompts it has not learned to read")
 
-    def _compare_adapters(self, saved: dict[str, Any] | None) -> None:
-        if self.adapters is None and saved is None:
-            return
-        if self.adapters is None or saved is None:
-            has, fix = ("no adapters", "remove model.lora") if saved is None else (
-                "adapters alone", "set model.lora as it was trained"
-            )  # fmt: skip
-            raise UserError(f"ckpt_path: the checkpoint holds {has}: {fix}, or start anew")
-        fault = self.adapters.difference(saved["config"])
-        if fault:
-            raise UserError(fault)
-        if saved["base"] != self._base_fingerprint:
-            raise UserError(
-                f"{self.source_setting} must be the model that the checkpoint's adapters were "
-                f"trained on, {saved['source']} as it was then; got other weights from "
-                f"{source_name(self.base_source)}: name that model"
-            )
-
-    def _trained_names(self) -> set[str]:
-        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-
     def _data(self) -> Any:
         """Return the DataModule; None where there is none, nor a trainer."""
         return getattr(self._trainer, "datamodule", None)
 
-    def state_dict(self, *args: Any, **options: Any) -> Any:
-        """Return the weights; of a model with adapters these alone, and what else is trained."""
-        state: dict[str, Any] = super().state_dict(*args, **options)
-        if self.adapters is None:
-            return state
-        trained, prefix = self._trained_names(), options.get("prefix", "")
-        return {name: state[name] for name in state if name.removeprefix(prefix) in trained}
-
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Load the weights; say which setting is at odds with the checkpoint where they differ."""
-        if self.adapters is not None and strict:
-            strange = sorted(self._trained_names() ^ set(state_dict))
-            if strange:
-                raise UserError(
-                    "ckpt_path: the checkpoint must hold what is trained with model.lora and "
-                    f"nothing else; got another {strange[0]}: set model.lora as it was trained"
-                )
-            strict = False
         try:
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
         except RuntimeError as error:
