@@ -47,7 +47,7 @@ def front_table(results: Results) -> str:
     for name, result in results.items():
         for row in front_points(result) if result.get("front") else ():
             lines.append(
-                f"| {name}: {_who(row, result['front'])} | {row['seconds']['step']:.1f} "
+                f"| {name}: {_who(row, fronted=True)} | {row['seconds']['step']:.1f} "
                 f"| {row['peak_mb']} | {row['peak_mb'] / result['trl']['peak_mb']:.2f} |"
             )
     return "\n".join(lines)
@@ -144,13 +144,13 @@ def plot(results: Results, curves: Results, file: Path) -> None:
     figure.savefig(file, dpi=110)
 
 
-def _who(row: Results, fronted: Any = ()) -> str:
+def _who(row: Results, *, fronted: bool = False) -> str:
     settings = row["settings"]
     if row["contender"] == "trl":
         recomputing = ", recomputing" if settings.get("gradient_checkpointing") else ""
         return f"TRL, micro-batch {settings['per_device_train_batch_size']}{recomputing}"
     if not settings:
-        return "ours, default" if fronted else "ours"
+        return "ours"
     tokens = f"{settings['micro_batch_tokens']} tokens"
     if settings.get("gradient_checkpointing"):
         return f"ours, {tokens}, recomputing" if fronted else "ours, lean"
@@ -159,10 +159,8 @@ def _who(row: Results, fronted: Any = ()) -> str:
 
 def _size(row: Results) -> str:
     settings = row["settings"]
-    size = settings.get(
-        "per_device_train_batch_size", settings.get("micro_batch_tokens", "default")
-    )
-    return f"{size}{' r' if settings.get('gradient_checkpointing') else ''}"
+    size = settings.get("per_device_train_batch_size") or settings["micro_batch_tokens"]
+    return f"{size}{' recomputing' if settings.get('gradient_checkpointing') else ''}"
 
 
 def _lead(result: Results) -> float:
