@@ -427,14 +427,17 @@ def _deal_out(setting: str, adapters: Adapters) -> Adapters:
     for name in (_OWN, _START) if adapters.start else (_OWN,):
         pairs = [(layer.lora_A[name], layer.lora_B[name]) for layer in layers]
         shards.shard_within([part for pair in pairs for part in pair])
-    for part in _trained_copies(model):
-        part._apply(lambda value: value.full_tensor() if hasattr(value, "full_tensor") else value)
-        shards.shard_within([part])
-    whole = [name for name, value in model.named_parameters()
-             if value.requires_grad and not hasattr(value, "device_mesh")]  # fmt: skip
-    if whole:
+    for copied in _trained_copies(model):
+        for part in copied.modules():  # of parts, which nobody would gather
+            for name, value in list(part.named_parameters(recurse=False)):
+                whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+                setattr(part, name, nn.Parameter(whole.detach(), value.requires_grad))
+        shards.shard_within([copied])
+    left = [name for name, value in model.named_parameters()
+            if value.requires_grad and not hasattr(value, "device_mesh")]  # fmt: skip
+    if left:
         raise UserError(
-            f"{setting}: {whole[0]} stays whole on every rank with trainer.strategy=fsdp2, and its "
+            f"{setting}: {left[0]} stays whole on every rank with trainer.strategy=fsdp2, and its "
             "gradient would not be exchanged: use ddp"
         )
     return adapters
