@@ -59,9 +59,10 @@ def test_in_bfloat16_the_first_step_is_that_of_ddp_but_for_rounding(found, case,
 
 def test_a_run_that_goes_on_equals_one_that_was_not_stopped(found):
     for rank in found["resumed"]:
+        assert rank.pop("figures") < 1e-9, "validated by itself, from the checkpoint"
         assert rank == {"weights": 0.0, "moments": 0.0, "kl_weight": 0.0, "steps": 4}
 
 
-def test_copies_of_the_whole_and_offloading_change_no_step(found):
+def test_copies_of_the_whole_change_no_step(found):
     for rank in found["spread"]:
-        assert rank["copies"] < 2e-6 and rank["offload"] < 2e-6
+        assert rank["apart"] < 2e-6 and rank["share"] == 1.0
