@@ -27,6 +27,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "DPO": ("DPOModule", {}),
     "SFT": ("SFTModule", {}),
     "Reward": ("RewardModule", {"centring": 0.01}),
+    "Reward, encoder": ("RewardModule", {"backbone": "encoder"}),
     "GRAO, padded": ("GRAOModule", {"share_prompts": False}),
     "GRAO, another reference model": ("GRAOModule", {"reference_model": "embedded:keywords"}),
 }
@@ -82,9 +83,11 @@ def counted(watch: Watch):
     return own
 
 
-def made(case: str) -> Any:
+def made(folder: Path, case: str) -> Any:
     """Return the module of a method."""
     method, settings = METHODS[case]
+    if settings.get("backbone") == "encoder":
+        settings = {**settings, "backbone": str(folder / "encoder")}
     kind = getattr(grao_lightning, method)
     source = kind.source_setting.rpartition(".")[2]
     model = {source: "embedded:keywords-weak", "learning_rate": 1e-3, "micro_batch_tokens": 60}
@@ -98,7 +101,7 @@ def run(folder: Path, strategy: Any, case: str, **options: Any) -> tuple[Any, Wa
     try:
         module = fit(
             folder,
-            module=made(case),
+            module=made(folder, case),
             data=DATA,
             callbacks=[*stages(scoring={"tie_tolerance": 0.35}), watch],
             devices=dist.get_world_size(),
@@ -157,7 +160,7 @@ def resumed(folder: Path) -> dict[str, Any]:
         for a, b in states
         for name in ("exp_avg", "exp_avg_sq")
     ]
-    third = made("PPO")
+    third = made(folder, "PPO")
     options = {"devices": dist.get_world_size(), "strategy": "fsdp2", "limit_val_batches": 1.0}
     validation = trainer(folder, callbacks=stages(), **options)
     data = PromptDataModule(**DATA)

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from tests.encoders import tiny_encoder_folder
 from tests.strategies.launch import on_ranks
 from tests.strategies.sharded_runs import METHODS, RUNS
 
@@ -14,6 +15,7 @@ SAMPLE = ["GRAO", "GRPO", "GRPO by sequence", "PPO", "GRAO, padded"]
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Return what two ranks found in all runs; starting them takes longer than the rest."""
     folder = tmp_path_factory.mktemp("runs")
+    tiny_encoder_folder(folder / "encoder")
     return on_ranks("sharded_runs.py", folder, *METHODS, *RUNS, "resumed", "spread", limit=200)
 
 
