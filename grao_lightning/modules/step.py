@@ -11,7 +11,7 @@ from grao_lightning.batch import PromptBatch
 from grao_lightning.callbacks.phase import clock
 from grao_lightning.data.templates import template_change
 from grao_lightning.faults import Faults, NamedSettings, UserError
-from grao_lightning.language_model.adapters import LoRA, as_lora, as_primitives, is_adapter
+from grao_lightning.language_model.adapter_folders import is_adapter
 from grao_lightning.language_model.frozen import FrozenModel
 from grao_lightning.language_model.kept import packed_source
 from grao_lightning.language_model.loading import (
@@ -21,6 +21,7 @@ from grao_lightning.language_model.loading import (
     has_tokenizer,
     source_name,
 )
+from grao_lightning.language_model.lora import LoRA, as_lora, as_primitives
 from grao_lightning.language_model.sharded import Sharding
 from grao_lightning.language_model.tokenizing import (
     TokenizerSource,

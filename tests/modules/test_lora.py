@@ -23,16 +23,11 @@ from grao_lightning import (
 from grao_lightning.batch import TokenRow
 from grao_lightning.embedded.base import base_folder
 from grao_lightning.faults import UserError
-from grao_lightning.language_model.adapters import (
-    BeforeTraining,
-    LoRA,
-    kept_adapters,
-    new_adapters,
-    quantization,
-    saved_adapters,
-)
+from grao_lightning.language_model.adapters import kept_adapters, new_adapters, saved_adapters
+from grao_lightning.language_model.before_training import BeforeTraining
 from grao_lightning.language_model.loading import load_model
 from grao_lightning.language_model.logprobs import token_logprobs
+from grao_lightning.language_model.lora import LoRA, quantization
 from grao_lightning.language_model.sharing import share_prompts
 from tests.conftest import tiny_model
 from tests.runs import fit, largest_difference, stages, two_ranks, weights
