@@ -290,13 +290,14 @@ class AlignmentModule(StepModule):
         for at, micro_batch in enumerate(micro_batches, start=1):
             numbers = micro_batch.numbers
             weighs = micro_batch.needs_gradient and numbers
-            with torch.set_grad_enabled(micro_batch.needs_gradient):
+            with torch.set_grad_enabled(micro_batch.needs_gradient), self.kept_activations():
                 computed = token_logprobs(
                     self.policy,
                     [rows[number] for number in numbers],
                     temperature=self.logprob_temperature,
                     weigh=weigh_for(numbers) if weighs else None,
                     weigh_rows=weigh_rows,
+                    into_grad=self.owns_gradients,
                 )
             collected.add(numbers, computed)
             if micro_batch.needs_gradient:

@@ -208,7 +208,8 @@ class RewardModule(StepModule):
         micro_batches = [part.numbers for part in evened_out(self.reward_model, parts)]
         found: list[Tensor] = []
         for at, numbers in enumerate(micro_batches, start=1):
-            computed = row_scores(self.reward_model, [rows[number] for number in numbers])[:, 0]
+            with self.kept_activations():
+                computed = row_scores(self.reward_model, [rows[number] for number in numbers])[:, 0]
             own = None
             if margins is not None:
                 own = sent(self.device, margins[numbers[0::2]])[0].to(computed.dtype)

@@ -338,6 +338,16 @@ def test_a_learning_rate_of_full_training_is_told(tmp_path, recwarn):
     assert not any(told in str(warning.message) for warning in recwarn)
 
 
+def test_adapters_of_modules_whose_weight_is_read_directly_are_told(caplog):
+    options = {"state_size": 4, "intermediate_size": 48}
+    targets = ["in_proj", "x_proj"]
+    new_adapters("", tiny_model("Mamba", **options), LoRA(rank=2, target_modules=targets))
+    assert "have no part" not in caplog.text
+    targets = [*targets, "dt_proj"]  # multiplied by its weight, and never called
+    new_adapters("", tiny_model("Mamba", **options), LoRA(rank=2, target_modules=targets))
+    assert "2 adapters have no part in what it says" in caplog.text and "dt_proj" in caplog.text
+
+
 def test_what_adapters_reach_and_that_they_drop_out_is_told(tmp_path, caplog):
     new_adapters("model.lora", tiny_model("Mixtral"), LoRA(rank=2))
     assert "its experts get adapters" in caplog.text and "get no adapter" not in caplog.text
