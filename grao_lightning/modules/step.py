@@ -268,11 +268,12 @@ class StepModule(NamedSettings, AdaptedModule):
         faults.one_of("model.schedule", self.schedule, ("constant", "linear", "cosine"))
         faults.add(tokenizer_fault(self.trained_source, self._tokenizer_source))
         faults.add(*self.adapter_faults())
-        if self.master_weights and self.lora is not None:
-            faults.add(
-                "model.master_weights must be false with model.lora, whose adapters are float32 "
-                "themselves; got true: remove it"
-            )
+        for name in ("master_weights", "stochastic_rounding"):
+            if getattr(self, name) and self.lora is not None:
+                faults.add(
+                    f"model.{name} must be false with model.lora, whose adapters are float32 "
+                    "themselves; got true: remove it"
+                )
         return faults
 
     def setup(self, stage: str) -> None:
