@@ -27,6 +27,7 @@ from grao_lightning.language_model.sharded import Sharding
 from grao_lightning.language_model.sharing import share_prompts, shares_prompts
 from grao_lightning.sampling.completions import sample_completions
 from grao_lightning.sampling.draw import SamplingSettings, row_uniforms
+from tests.memory import peak_memory
 
 BUDGET = 40
 SETTINGS = SamplingSettings(max_new_tokens=8, temperature=0.9)
@@ -145,15 +146,29 @@ def differences(case: Case) -> dict[str, float]:
     return found
 
 
+def loaded(path: str) -> dict[str, float]:
+    """Return the most memory while a model is loaded and tried out, by the bytes of its file."""
+    with peak_memory() as peak, torch.no_grad():
+        model = load_model("model.policy", path, Sharding(dist.get_world_size()))
+        inside(model, share_prompts)
+        token_logprobs(model, [])
+    assert shares_prompts(model)
+    return {"peak": peak.extra_bytes / sum(file.stat().st_size for file in Path(path).iterdir())}
+
+
 def main(folder: Path, models: list[str]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     # Its gate stays float32, and FSDP wants one precision a group; transformers knows of bfloat16.
     plan = DeepseekV3Config.base_model_fsdp_plan
     DeepseekV3Config.base_model_fsdp_plan = {**plan, "layers.*.mlp.gate": "free_full_weight"}
-    told = {}
+    told: dict[str, Any] = {}
     for path in models:
         name = Path(path).name
+        if name == "large":
+            told[name] = [None] * dist.get_world_size()
+            dist.all_gather_object(told[name], loaded(path))
+            continue
         cases = {name: Case(path, False), f"{name}, checkpointing": Case(path, True)}
         if name == "untied":
             cases[f"{name}, padded"] = Case(path, False, shares=False)

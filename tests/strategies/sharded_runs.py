@@ -15,9 +15,9 @@ from lightning.pytorch import Callback
 from torch.distributed.tensor import DTensor
 
 import grao_lightning
-from grao_lightning import ShardedStrategy
+from grao_lightning import PromptDataModule, ShardedStrategy
 from grao_lightning.modules import base, reward
-from tests.runs import fit, stages
+from tests.runs import fit, stages, trainer
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "GRAO": ("GRAOModule", {}),
@@ -27,6 +27,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "DPO": ("DPOModule", {}),
     "SFT": ("SFTModule", {}),
     "Reward": ("RewardModule", {"centring": 0.01}),
+    "Reward, encoder": ("RewardModule", {"backbone": "encoder"}),
     "GRAO, padded": ("GRAOModule", {"share_prompts": False}),
     "GRAO, another reference model": ("GRAOModule", {"reference_model": "embedded:keywords"}),
 }
@@ -82,23 +83,30 @@ def counted(watch: Watch):
     return own
 
 
-def run(folder: Path, strategy: Any, case: str, **options: Any) -> tuple[Any, Watch]:
-    case, trainer = RUNS.get(case, (case, {}))
+def made(folder: Path, case: str) -> Any:
+    """Return the module of a method."""
     method, settings = METHODS[case]
+    if settings.get("backbone") == "encoder":
+        settings = {**settings, "backbone": str(folder / "encoder")}
     kind = getattr(grao_lightning, method)
     source = kind.source_setting.rpartition(".")[2]
     model = {source: "embedded:keywords-weak", "learning_rate": 1e-3, "micro_batch_tokens": 60}
+    return kind(**{**model, **settings})
+
+
+def run(folder: Path, strategy: Any, case: str, **options: Any) -> tuple[Any, Watch]:
+    case, settings = RUNS.get(case, (case, {}))
     watch = Watch()
     own = counted(watch)
     try:
         module = fit(
             folder,
-            module=kind(**{**model, **settings}),
+            module=made(folder, case),
             data=DATA,
             callbacks=[*stages(scoring={"tie_tolerance": 0.35}), watch],
             devices=dist.get_world_size(),
             strategy=strategy,
-            **{"limit_val_batches": 1.0, "val_check_interval": 2, **trainer, **options},
+            **{"limit_val_batches": 1.0, "val_check_interval": 2, **settings, **options},
         )
     finally:
         base.evened_out = reward.evened_out = own
@@ -152,8 +160,17 @@ def resumed(folder: Path) -> dict[str, Any]:
         for a, b in states
         for name in ("exp_avg", "exp_avg_sq")
     ]
+    third = made(folder, "PPO")
+    options = {"devices": dist.get_world_size(), "strategy": "fsdp2", "limit_val_batches": 1.0}
+    validation = trainer(folder, callbacks=stages(), **options)
+    data = PromptDataModule(**DATA)
+    validation.validate(third, datamodule=data, ckpt_path=path, verbose=False)
+    figures = [
+        (first.estimates[name].value, third.estimates[name].value) for name in ("ras", "nag")
+    ]
     return {
         "weights": apart(whole(through), whole(second)),
+        "figures": max(abs(a - b) for a, b in figures),
         "moments": max(moments),
         "kl_weight": through.kl_weight - second.kl_weight,
         "steps": second.trainer.global_step,
@@ -161,13 +178,10 @@ def resumed(folder: Path) -> dict[str, Any]:
 
 
 def spread(folder: Path) -> dict[str, Any]:
-    """Return how far runs with other settings of the strategy are from the plain one."""
+    """Return how far a run with two copies of the whole is from the plain one."""
     plain, _ = run(folder, "fsdp2", "GRAO")
-    found = {}
-    for name, settings in {"copies": {"replicas": 2}, "offload": {"cpu_offload": True}}.items():
-        other, _ = run(folder, ShardedStrategy(**settings), "GRAO")
-        found[name] = apart(whole(plain), whole(other))
-    return found
+    other, watch = run(folder, ShardedStrategy(replicas=2), "GRAO")
+    return {"apart": apart(whole(plain), whole(other)), "share": watch.share}
 
 
 def main(folder: Path, cases: list[str]) -> None:

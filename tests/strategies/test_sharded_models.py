@@ -15,6 +15,14 @@ MODELS = {
     "qwen3_moe": lambda: build("qwen3_moe"),
     "deepseek_v3": lambda: build("deepseek_v3", v_head_dim=4),
 }
+#: 200 MB, of which no layer is much.
+LARGE = {
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 16,
+    "vocab_size": 1000,
+    "tie_word_embeddings": True,
+}
 CASES = [
     *[f"{name}{how}" for name in MODELS for how in ("", ", checkpointing")],
     "untied, padded",
@@ -27,9 +35,10 @@ CASES = [
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Return what two ranks found of every model; starting them takes longer than the rest."""
     folder: Path = tmp_path_factory.mktemp("models")
-    for name, make in MODELS.items():
+    models = {**MODELS, "large": lambda: tiny_model("Llama", **LARGE)}
+    for name, make in models.items():
         make().save_pretrained(folder / name)
-    return on_ranks("sharded_models.py", folder, *[str(folder / name) for name in MODELS])
+    return on_ranks("sharded_models.py", folder, *[str(folder / name) for name in models])
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -48,3 +57,8 @@ def test_tokens_and_log_probabilities_are_those_of_a_whole_model(found, case):
 @pytest.mark.parametrize("case", [case for case in CASES if "copies" not in case])
 def test_a_rank_holds_its_share_of_the_weights(found, case):
     assert found[case]["share"] < 0.5 + 0.02
+
+
+def test_no_rank_loads_more_than_its_share(found):
+    """Over all ranks at most 1.5 times the file; each whole model would be once the file."""
+    assert sum(rank["peak"] for rank in found["large"]) < 1.5

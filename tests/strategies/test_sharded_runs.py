@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from tests.encoders import tiny_encoder_folder
 from tests.strategies.launch import on_ranks
 from tests.strategies.sharded_runs import METHODS, RUNS
 
@@ -14,6 +15,7 @@ SAMPLE = ["GRAO", "GRPO", "GRPO by sequence", "PPO", "GRAO, padded"]
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Return what two ranks found in all runs; starting them takes longer than the rest."""
     folder = tmp_path_factory.mktemp("runs")
+    tiny_encoder_folder(folder / "encoder")
     return on_ranks("sharded_runs.py", folder, *METHODS, *RUNS, "resumed", "spread", limit=200)
 
 
@@ -59,9 +61,10 @@ def test_in_bfloat16_the_first_step_is_that_of_ddp_but_for_rounding(found, case,
 
 def test_a_run_that_goes_on_equals_one_that_was_not_stopped(found):
     for rank in found["resumed"]:
+        assert rank.pop("figures") < 1e-9, "validated by itself, from the checkpoint"
         assert rank == {"weights": 0.0, "moments": 0.0, "kl_weight": 0.0, "steps": 4}
 
 
-def test_copies_of_the_whole_and_offloading_change_no_step(found):
+def test_copies_of_the_whole_change_no_step(found):
     for rank in found["spread"]:
-        assert rank["copies"] < 2e-6 and rank["offload"] < 2e-6
+        assert rank["apart"] < 2e-6 and rank["share"] == 1.0
