@@ -15,6 +15,7 @@ from grao_lightning.faults import Faults, NamedSettings, UserError
 from grao_lightning.language_model.frozen import FrozenModel
 from grao_lightning.language_model.kept import packed_source
 from grao_lightning.language_model.loading import ModelSource, eos_ids, first_mismatch, source_name
+from grao_lightning.language_model.precision import keeping_float32
 from grao_lightning.language_model.tokenizing import (
     TokenizerSource,
     check_vocabulary,
@@ -240,6 +241,10 @@ class StepModule(NamedSettings, LightningModule):
         )
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._schedule_factor)
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move and cast; what transformers keeps in float32 stays so in half precision."""
+        return super()._apply(keeping_float32(self.trained_model, fn), recurse)
 
     def on_fit_start(self) -> None:
         """Put the model in training mode: Hugging Face loads models in evaluation mode."""
