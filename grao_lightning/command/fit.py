@@ -38,7 +38,7 @@ from grao_lightning.command.trainer import (
 from grao_lightning.data.datamodule import PromptDataModule
 from grao_lightning.display.logs import configure_logging
 from grao_lightning.faults import Faults, UserError
-from grao_lightning.language_model.loading import checkpoint_fault
+from grao_lightning.language_model.checkpoints import checkpoint_fault
 from grao_lightning.modules import MODULES
 from grao_lightning.modules.checks import run_faults
 from grao_lightning.modules.step import StepModule
@@ -186,7 +186,7 @@ class GRAOCommandLine(LightningCLI):
                 "ckpt_path=last looks in last_checkpoint.dirpath, which is not set; set it to a "
                 "folder that stays the same from run to run, or give the checkpoint's path"
             )
-        return checkpoint_fault("ckpt_path", source)
+        return checkpoint_fault("ckpt_path", source, goes_on=self._command == "fit")
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run, and when it is stopped say how to go on."""

@@ -48,7 +48,7 @@ def unpacked_source(packed: Tensor) -> Iterator[str]:
 
 
 def bare_model(folder: str, *, is_policy: bool) -> tuple[Any, Any]:
-    """Return a model with weights to be loaded, and its tokenizer.
+    """Return a model whose weights lie on no device (to be assigned), and its tokenizer.
 
     Args:
         folder: Of `unpacked_source`.
@@ -66,7 +66,8 @@ def bare_model(folder: str, *, is_policy: bool) -> tuple[Any, Any]:
 
     auto = AutoModelForCausalLM if is_policy else AutoModelForSequenceClassification
     try:
-        model = auto.from_config(AutoConfig.from_pretrained(folder))
+        with torch.device("meta"):  # no memory, no time, and no random numbers drawn
+            model = auto.from_config(AutoConfig.from_pretrained(folder))
     except (ValueError, KeyError) as error:
         raise UserError(
             f"--ckpt_path: the architecture in the checkpoint cannot be made: {error}; use the "

@@ -10,7 +10,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grao_lightning import GRAOModule, PromptDataModule, RewardModule, SFTModule
-from grao_lightning.command.export import _rendered_alike, export, export_command
+from grao_lightning.callbacks.exporting import rendered_alike
+from grao_lightning.command.export import export, export_command
 from grao_lightning.data.encoding import PromptEncoder
 from grao_lightning.embedded.base import base_folder
 from grao_lightning.embedded.keywords import keyword_rows
@@ -156,7 +157,7 @@ def test_hh_text_as_a_template_gives_plain_hugging_face_code_the_same_ids(tmp_pa
     ours = PromptEncoder(tokenizer, max_prompt_tokens=None)
     expected = ours.encode_prompt(DIALOGUE).ids
     tokenizer.chat_template = ours.template
-    assert _rendered_alike(tokenizer)
+    assert rendered_alike(tokenizer)
     tokenizer.save_pretrained(tmp_path)
     plain = AutoTokenizer.from_pretrained(tmp_path)
     ids = plain.apply_chat_template(DIALOGUE, add_generation_prompt=True, return_dict=False)
@@ -177,7 +178,7 @@ def test_a_tokenizer_that_renders_hh_text_otherwise_is_told_apart():
     text = tokenizer.apply_chat_template(DIALOGUE, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(text, add_special_tokens=False).input_ids
     assert ids != encoder.encode_prompt(DIALOGUE).ids
-    assert not _rendered_alike(tokenizer)
+    assert not rendered_alike(tokenizer)
 
 
 # -- going on with another template ----------------------------------------------------------------

@@ -337,14 +337,14 @@ def test_the_configs_of_reward_models_are_whole(grao, repository, name):
 def test_a_decoder_is_exported_with_a_padding_token_that_ends_no_answer(tmp_path):
     from types import SimpleNamespace
 
-    from grao_lightning.command.export import _give_padding
+    from grao_lightning.callbacks.exporting import give_padding
     from grao_lightning.embedded.base import keyword_tokenizer
 
     tokenizer = keyword_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
     config = SimpleNamespace(vocab_size=len(tokenizer), pad_token_id=tokenizer.eos_token_id)
     model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config))
-    _give_padding(model, tokenizer)
+    give_padding(model, tokenizer)
     assert config.pad_token_id == tokenizer.pad_token_id
     assert tokenizer.pad_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id)
     assert tokenizer.pad_token_id in tokenizer.all_special_ids
@@ -763,7 +763,7 @@ def test_what_is_no_checkpoint_is_refused_by_every_command(
     complaint, grao, no_model, checkpoint, how
 ):
     path = spoiled(checkpoint, how)
-    rule = "no such file: " if how in ("missing", "folder") else "bad.ckpt is no checkpoint of grao"
+    rule = "no such file: " if how == "missing" else "bad.ckpt is no checkpoint of grao"
     for command in ("validate", "fit"):
         text = complaint({}, "--ckpt_path", path, command=command)
         assert text.startswith(f"1 fault in the configuration:\n  - ckpt_path: {rule}")
