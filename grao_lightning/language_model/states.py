@@ -54,7 +54,13 @@ def logits_reader(model: Any) -> Read:
 
 
 def answer_states(
-    model: Any, rows: Sequence[TokenRow], way: Way, read: Read, *, last_is_read: bool = True
+    model: Any,
+    rows: Sequence[TokenRow],
+    way: Way,
+    read: Read,
+    *,
+    last_is_read: bool = True,
+    shares: Sequence[float] | None = None,
 ) -> Tensor:
     """Return the states [K, H] that predict the answer tokens, in as many passes as it takes.
 
@@ -65,6 +71,8 @@ def answer_states(
         read: Its forward pass.
         last_is_read: Whether a row's last token, which predicts nothing, is part of the text whose
             length decides on frequencies.
+        shares: [R] weight of each row's prompt, for a reader that asks for ``token_weights``: 1 for
+            a token of an answer, 0 for a row's last one and for padding. None: it does not ask.
     """
     lengths = [len(row) - (not last_is_read) for row in rows]
     passes = by_frequencies(model, lengths)
@@ -78,12 +86,14 @@ def answer_states(
     pieces: list[Tensor] = [torch.empty(0)] * len(rows)
     for numbers in passes:
         chosen = [rows[number] for number in numbers]
+        own = None if shares is None else [shares[number] for number in numbers]
         forget_frequencies(model)
         if way == "packed":
             whole = last_is_read and chooses_frequencies(model)
-            states = _packed(read, pack_rows(chosen, longest_whole=whole), device)
+            pack = pack_rows(chosen, longest_whole=whole, shares=own)
+            states = _packed(read, pack, device, weighted=own is not None)
         else:
-            states = _padded(read, chosen, last_is_read, device)
+            states = _padded(read, chosen, last_is_read, device, own)
         if len(passes) == 1 and not more:
             return states
         parts = states.split([len(row.answer_ids) for row in chosen])
@@ -96,19 +106,25 @@ def answer_states(
     return torch.cat(pieces)
 
 
-def _packed(read: Read, pack: Pack, device: torch.device) -> Tensor:
+def _packed(read: Read, pack: Pack, device: torch.device, *, weighted: bool) -> Tensor:
+    more = {"token_weights": pack.weights[None].to(device)} if weighted else {}
     states = read(
         pack.ids[None].to(device),
         position_ids=pack.positions[None].to(device),
         # Four dimensions: handed through as it is, and never read by the layout.
         attention_mask=torch.ones(1, 1, 1, 1, device=device),
         shared_prompts=TreeLayout(pack),
+        **more,
     )
     return states[0, pack.sources.to(device)]
 
 
 def _padded(
-    read: Read, rows: Sequence[TokenRow], last_is_read: bool, device: torch.device
+    read: Read,
+    rows: Sequence[TokenRow],
+    last_is_read: bool,
+    device: torch.device,
+    shares: Sequence[float] | None,
 ) -> Tensor:
     texts = [row.prompt_ids + row.answer_ids for row in rows]
     if not last_is_read:
@@ -121,4 +137,11 @@ def _padded(
         for number, row in enumerate(rows)
         for position in range(len(row.prompt_ids), len(row))
     ]
-    return read(ids).flatten(0, 1)[torch.tensor(sources, device=device)]
+    more = {}
+    if shares is not None:
+        weights = torch.zeros(len(rows), width)
+        for number, (row, share) in enumerate(zip(rows, shares, strict=True)):
+            weights[number, : len(row) - 1] = 1.0
+            weights[number, : len(row.prompt_ids)] = share
+        more = {"token_weights": weights.to(device)}
+    return read(ids, **more).flatten(0, 1)[torch.tensor(sources, device=device)]

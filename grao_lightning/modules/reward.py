@@ -17,6 +17,7 @@ from grao_lightning.language_model.loading import (
     source_name,
 )
 from grao_lightning.language_model.logprobs import MicroBatch, evened_out, split_together
+from grao_lightning.language_model.routing import Router, leave_out_router_logits, router_of
 from grao_lightning.language_model.scores import (
     fitted,
     most_tokens,
@@ -27,8 +28,10 @@ from grao_lightning.language_model.scores import (
 from grao_lightning.language_model.sharing import share_prompts, shares_prompts
 from grao_lightning.metrics.outcomes import Estimate
 from grao_lightning.metrics.pairs import PairMetrics, ReliabilityBin
+from grao_lightning.modules.balance import check_router_loss
 from grao_lightning.modules.checks import check_pairs
 from grao_lightning.modules.step import Charts, Mode, StepModule, StepSettings
+from grao_lightning.objectives.balance import Routing
 from grao_lightning.objectives.bradley_terry import BradleyTerrySettings, bradley_terry_loss
 from grao_lightning.randomness import run_seed
 from grao_lightning.rewards.preference import length_alone
@@ -143,6 +146,7 @@ class RewardModule(StepModule):
         self.own_tokenizer()
         self.reward_model = self._loaded()
         self.check_vocabulary()
+        leave_out_router_logits(self.reward_model)
         with torch.no_grad():
             inside(self.reward_model, self._try_out)
         if not self.dropout:
@@ -158,6 +162,12 @@ class RewardModule(StepModule):
         asked = self.attn_implementation is not None
         if reading_of(model) == "last token" and self.share_prompts and not asked:
             share_prompts(model, gives_tokens=False)
+        if self.router_loss is not None and reading_of(model) != "last token":
+            raise UserError(
+                f"model.router_loss must be null for {type(model).__name__}, whose scores are read "
+                f"{reading_of(model)}; got {self.router_loss}"
+            )
+        check_router_loss(model, model.base_model, self.router_loss)
 
     def _loaded(self) -> Any:
         """Return the model, with the attention asked for."""
@@ -199,14 +209,33 @@ class RewardModule(StepModule):
         parts = self._micro_batches(rows)
         micro_batches = [part.numbers for part in evened_out(self.reward_model, parts)]
         scores = torch.empty(len(rows), dtype=torch.double)
+        balance = self.router_balance(rows, micro_batches, self._routing)
         for at, numbers in enumerate(micro_batches, start=1):
-            computed = row_scores(self.reward_model, [rows[number] for number in numbers])[:, 0]
+            router = None if balance is None else self._router()
+            computed = row_scores(
+                self.reward_model,
+                [rows[number] for number in numbers],
+                router,
+                None if balance is None else balance.shares(numbers),
+            )[:, 0]
             own = None if margins is None else margins[numbers[0::2]].to(computed)
             loss = bradley_terry_loss(computed[0::2], computed[1::2], self.settings, own)
-            self.backward_part(loss.sum() / total, is_last=at == len(micro_batches))
+            loss = loss.sum() / total
+            if balance is not None and router is not None:
+                loss = loss + balance.loss(router.routing)
+            self.backward_part(loss, is_last=at == len(micro_batches))
             scores[numbers] = computed.detach().double().cpu()
         self._note(batch, scores, margins)
         self.finish_step(batch)
+
+    def _router(self) -> Router:
+        return router_of(self.reward_model, self.reward_model.base_model)
+
+    def _routing(self, rows: list[TokenRow], shares: list[float]) -> Routing:
+        router = self._router()
+        row_scores(self.reward_model, rows, router, shares)
+        assert router.routing is not None
+        return router.routing
 
     def _micro_batches(self, rows: list[TokenRow]) -> list[MicroBatch]:
         """Return rows by forward pass, a pair's chosen and rejected answer side by side."""

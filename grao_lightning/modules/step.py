@@ -1,6 +1,7 @@
 """What every module shares: one optimiser step a batch, in micro-batches, on all devices."""
 
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar, Literal, TypedDict
 
@@ -9,7 +10,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from grao_lightning.batch import PromptBatch
+from grao_lightning.batch import PromptBatch, TokenRow
 from grao_lightning.data.templates import template_change
 from grao_lightning.faults import Faults, NamedSettings, UserError
 from grao_lightning.language_model.frozen import FrozenModel
@@ -24,6 +25,7 @@ from grao_lightning.language_model.tokenizing import (
     tokenizer_of,
 )
 from grao_lightning.metrics.outcomes import Estimate
+from grao_lightning.modules.balance import Count, RouterBalance
 from grao_lightning.modules.checks import check_run
 from grao_lightning.modules.optimizer import MasterWeightsAdamW
 from grao_lightning.modules.settings import show_settings
@@ -47,6 +49,7 @@ class StepSettings(TypedDict, total=False):
     gradient_checkpointing: bool
     attn_implementation: str | None
     share_prompts: bool
+    router_loss: float | None
     tokenizer: TokenizerSource | None
 
 
@@ -71,6 +74,8 @@ class StepModule(NamedSettings, LightningModule):
         attn_implementation: Of the Hugging Face models, such as flash_attention_2; prompts are
             then not shared.
         share_prompts: Read every prompt once for all that follows it, where the model allows it.
+        router_loss: Weight of the loss that balances a mixture's experts, beside the method's own;
+            its configuration's router_aux_loss_coef is one. Costs another forward pass. null = off.
         tokenizer: Hub name or folder, in Python also a loaded one; null = the model's own, of a
             model that is handed over that of the name it was loaded from.
     """
@@ -103,6 +108,7 @@ class StepModule(NamedSettings, LightningModule):
         gradient_checkpointing: bool = False,
         attn_implementation: str | None = None,
         share_prompts: bool = True,
+        router_loss: float | None = None,
         tokenizer: TokenizerSource | None = None,
     ) -> None:
         super().__init__()
@@ -126,6 +132,8 @@ class StepModule(NamedSettings, LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.attn_implementation = attn_implementation
         self.share_prompts = share_prompts
+        self.router_loss = router_loss
+        self._router_losses: list[Tensor] = []  # of the updates on this batch
         self.reference_model_source: str | None = None
         self.reference_model: FrozenModel | None = None
         self.tokenizer: Any = None  # once `own_tokenizer` has loaded it
@@ -221,6 +229,8 @@ class StepModule(NamedSettings, LightningModule):
         faults.at_least("model.weight_decay", self.weight_decay, 0)
         faults.at_least("model.warmup_steps", self.warmup_steps, 0)
         faults.at_least("model.micro_batch_tokens", self.micro_batch_tokens, 1)
+        if self.router_loss is not None and not self.router_loss > 0:
+            faults.add(f"model.router_loss must be > 0 or null; got {self.router_loss}")
         faults.one_of("model.schedule", self.schedule, ("constant", "linear", "cosine"))
         faults.add(tokenizer_fault(self.trained_source, self._tokenizer_source))
         return faults
@@ -280,10 +290,29 @@ class StepModule(NamedSettings, LightningModule):
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         assert not isinstance(optimizer, list) and scheduler is not None
         batch.statistics.mean("learning_rate", optimizer.param_groups[0]["lr"])
+        if self._router_losses:
+            batch.statistics.mean("router_loss", torch.stack(self._router_losses))
+            self._router_losses = []
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         scheduler.step()  # type: ignore[union-attr]
         self._log_step(batch)
+
+    def router_balance(
+        self, rows: Sequence[TokenRow], micro_batches: Sequence[Sequence[int]], count: Count
+    ) -> RouterBalance | None:
+        """Return what balances the experts in an update, see `RouterBalance`; None: it is off."""
+        if self.router_loss is None:
+            return None
+        balance = RouterBalance(
+            self.router_loss,
+            rows,
+            micro_batches,
+            count,
+            lambda values: self.reduce_over_ranks(values, "sum"),
+        )
+        self._router_losses.append(balance.value)
+        return balance
 
     def global_sum(self, value: float) -> float:
         """Return the sum of a number over all ranks."""
