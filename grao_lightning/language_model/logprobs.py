@@ -18,14 +18,14 @@ from grao_lightning.language_model.head import Weigh, head_loss, head_obstacle, 
 from grao_lightning.language_model.packing import riders, split_into_packs
 from grao_lightning.language_model.positions import check_length
 from grao_lightning.language_model.routing import Router, router_of
-from grao_lightning.language_model.sharded import device_of, passes_over_ranks
+from grao_lightning.language_model.sharded import passes_over_ranks
 from grao_lightning.language_model.sharing import padding_is_exact, shares_prompts
 from grao_lightning.language_model.states import (
     Read,
     Way,
-    answer_states,
     decoder_reader,
     logits_reader,
+    states_and_targets,
 )
 from grao_lightning.language_model.trial import decoder_of
 from grao_lightning.objectives.balance import Routing
@@ -41,8 +41,7 @@ class TokenLogprobs:
         loss: Scalar ``-sum_t w_t log pi(t)``, with a gradient; 0 without weights.
         flat: [K] nats.
         entropy: [K] nats, of the whole next-token distribution.
-        row: [K] long, the row each token belongs to.
-        lengths: [R] long, answer tokens of each row.
+        lengths: R numbers, answer tokens of each row.
         states: [K, H] from which each token was predicted, with a gradient; None where the model's
             head is unknown.
         routing: What the routers of a mixture of experts did, where it was asked for.
@@ -51,14 +50,13 @@ class TokenLogprobs:
     loss: Tensor
     flat: Tensor
     entropy: Tensor
-    row: Tensor
-    lengths: Tensor
+    lengths: list[int]
     states: Tensor | None
     routing: Routing | None = None
 
     def by_row(self) -> list[Tensor]:
         """Return one [T] tensor a row."""
-        return list(self.flat.split(self.lengths.tolist()))
+        return list(self.flat.split(self.lengths))
 
 
 @dataclass(frozen=True)
@@ -110,22 +108,19 @@ def _token_logprobs(
 ) -> TokenLogprobs:
     if not rows:
         return _of_no_rows(model, temperature, None if shares is None else [0.0])
-    device = device_of(model)
-    lengths = torch.tensor([len(row.answer_ids) for row in rows], device=device)
-    row = torch.arange(len(rows), device=device).repeat_interleave(lengths)
-    targets = torch.tensor([token for row in rows for token in row.answer_ids], device=device)
+    lengths = [len(row.answer_ids) for row in rows]
     knows_head = head_obstacle(model) is None
     read = decoder_reader(decoder_of(model)) if knows_head else logits_reader(model)
     way = _way(model, read)
     check_length(model, max(map(len, rows)))
     router = None if shares is None else router_of(model, decoder_of(model))
-    states = answer_states(model, rows, way, router or read, shares=shares)
+    states, targets = states_and_targets(model, rows, way, router or read, shares=shares)
     routing = None if router is None else router.routing
     # Only now: a sharded head's weight is at hand once the decoder has run.
     head = head_of(model) if knows_head else None
     if head is None:
         loss, flat, entropy = _full_loss(states, targets, temperature, weigh)
-        return TokenLogprobs(loss, flat, entropy, row, lengths, None)
+        return TokenLogprobs(loss, flat, entropy, lengths, None)
     if weigh is not None and weigh_rows:
         _, flat, _ = head_loss(states.detach(), head, targets, temperature, None)
         weights = weigh(slice(0, len(targets)), flat)
@@ -134,7 +129,7 @@ def _token_logprobs(
         )
     else:
         loss, flat, entropy = head_loss(states, head, targets, temperature, weigh)
-    return TokenLogprobs(loss, flat, entropy, row, lengths, states, routing)
+    return TokenLogprobs(loss, flat, entropy, lengths, states, routing)
 
 
 def row_routing(model: Any, rows: Sequence[TokenRow], shares: Sequence[float]) -> Routing:
@@ -149,7 +144,7 @@ def row_routing(model: Any, rows: Sequence[TokenRow], shares: Sequence[float]) -
     def routed(model: Any) -> Routing:
         router: Router = router_of(model, decoder_of(model))
         way = _way(model, decoder_reader(decoder_of(model)))
-        answer_states(model, rows or [_FILLER], way, router, shares=shares or [0.0])
+        states_and_targets(model, rows or [_FILLER], way, router, shares=shares or [0.0])
         assert router.routing is not None
         return router.routing
 
@@ -167,8 +162,8 @@ def _of_no_rows(model: Any, temperature: float, shares: Sequence[float] | None) 
     weigh: Weigh | None = (lambda _, flat: flat * 0.0) if torch.is_grad_enabled() else None
     computed = _token_logprobs(model, [_FILLER], temperature, weigh, False, shares)
     states = None if computed.states is None else computed.states[:0]
-    flat, entropy, none = computed.flat[:0], computed.entropy[:0], computed.row[:0]
-    return TokenLogprobs(computed.loss, flat, entropy, none, none, states, computed.routing)
+    flat, entropy = computed.flat[:0], computed.entropy[:0]
+    return TokenLogprobs(computed.loss, flat, entropy, [], states, computed.routing)
 
 
 def frozen_logprobs(

@@ -6,9 +6,10 @@ tokens of the pack, K answer tokens.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from grao_lightning.batch import TokenIds, TokenRow
@@ -77,6 +78,22 @@ class Pack:
                 ).tril()
                 first += length
         return mask
+
+    def padded(self, multiple: int) -> "Pack":
+        """Return the pack with so many tokens more that S is a multiple; they predict nothing.
+
+        They are a prompt of their own, so that no other token sees them.
+        """
+        room = -len(self.ids) % multiple
+        if not room:
+            return self
+        return replace(
+            self,
+            ids=F.pad(self.ids, (0, room)),
+            positions=F.pad(self.positions, (0, room)),
+            weights=F.pad(self.weights, (0, room)),
+            segments=(*self.segments, Segment(len(self.ids), room, ())),
+        )
 
     def labels(self) -> tuple[Tensor, Tensor]:
         """Return of every token its segment and its branch, [S] long; 0 is the prompt's branch.

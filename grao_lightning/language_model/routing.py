@@ -83,12 +83,12 @@ def tell_router_loss(model: Any) -> None:
         )
 
 
-def router_loss_obstacle(model: Any, decoder: Any) -> str | None:
+def router_loss_obstacle(model: Any, decoder_of: Callable[[Any], Any]) -> str | None:
     """Return why a model has no loss of its routers that can be added, found by trial.
 
     Args:
         model: A Hugging Face model.
-        decoder: Gives its states.
+        decoder_of: Returns what gives its states.
     """
     own = _own_loss(model)
     if any(name.endswith(_BIAS) for name, _ in model.named_buffers()):
@@ -98,7 +98,7 @@ def router_loss_obstacle(model: Any, decoder: Any) -> str | None:
     row = trial_rows(model)[1]
     with at_rest(model):
         try:
-            logits = inside(model, lambda _: _logits(decoder, row, model))
+            logits = inside(model, lambda model: _logits(decoder_of(model), row, model))
         except TypeError:
             logits = ()
         if not logits:

@@ -149,6 +149,12 @@ class Shards:
         """Free all gathered weights, so that parameters are this rank's parts again."""
         self._root.reset_iter_state()
 
+    def shard_within(self, parts: list[nn.Module]) -> None:
+        """Deal out modules that were put into the model as one group, before its first pass."""
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(parts, mesh=self.mesh, reshard_after_forward=False, **self.sharding.policies())
+
     def shard_beside(self, part: nn.Module) -> None:
         """Deal out a module that is trained beside the model, over the same ranks."""
         from torch.distributed.fsdp import fully_shard

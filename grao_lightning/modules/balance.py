@@ -63,12 +63,12 @@ class RouterBalance:
         return self._weight * load_balancing_loss(part, self._whole)
 
 
-def check_router_loss(model: Any, decoder: Any, weight: float | None) -> None:
+def check_router_loss(model: Any, decoder_of: Callable[[Any], Any], weight: float | None) -> None:
     """Say that the loss is left out of a model that is trained, or that it has none to add.
 
     Args:
         model: A Hugging Face model.
-        decoder: Gives its states.
+        decoder_of: Returns what gives its states.
         weight: Of the loss; None: it is left out.
 
     Raises:
@@ -77,7 +77,7 @@ def check_router_loss(model: Any, decoder: Any, weight: float | None) -> None:
     if weight is None:
         tell_router_loss(model)
         return
-    reason = router_loss_obstacle(model, decoder)
+    reason = router_loss_obstacle(model, decoder_of)
     if reason:
         raise UserError(
             f"model.router_loss must be null for {type(model).__name__}, since {reason}; got "

@@ -16,6 +16,7 @@ from grao_lightning.strategies.sharded import ShardedStrategy
 
 _STAGES = (GroupSampling, GroupScoring, ReferenceAwareClipping)
 _MADE = "or make the Trainer with grao_lightning.make_trainer"
+_QUANTIZED = ("32-true", "bf16-true", "bf16-mixed")
 _WHOLE = ("32-true", "64-true")
 _MONITORS = ("val/ras", "val/loss", "val/accuracy")  # of one module or another
 
@@ -46,6 +47,7 @@ def run_faults(trainer: Trainer, module: Any, data: Any, command: str | None) ->
     faults.add(*_trainer_faults(trainer, command))
     faults.add(*_clipping_faults(trainer, module))
     faults.add(*_precision_faults(trainer, module))
+    faults.add(_quantization_fault(trainer, module))
     faults.add(*_sharding_faults(trainer, module))
     faults.add(*_monitor_faults(trainer, module))
     return faults
@@ -176,6 +178,12 @@ def _sharding_faults(trainer: Trainer, module: Any) -> Faults:
             "would lose them; got true: remove it and set trainer.precision=bf16-mixed, which "
             "keeps the weights in float32 and computes in bfloat16"
         )
+    if module.lora is not None and module.lora.quantize is not None:
+        faults.add(
+            "model.lora.quantize must be null with trainer.strategy=fsdp2, which has not been seen "
+            f"to deal out {module.lora.quantize} weights rightly; got {module.lora.quantize}: use "
+            "ddp, or remove it"
+        )
     for name, source in module.sources.items():
         if not isinstance(source, str | None):
             faults.add(
@@ -184,6 +192,17 @@ def _sharding_faults(trainer: Trainer, module: Any) -> Faults:
                 "save it with save_pretrained(folder) and give the folder"
             )
     return faults
+
+
+def _quantization_fault(trainer: Trainer, module: Any) -> str | None:
+    """Return that a run computes in a precision in which few-bit weights are not multiplied."""
+    precision = str(trainer.precision)
+    if module.lora is None or module.lora.quantize is None or precision in _QUANTIZED:
+        return None
+    return (
+        f"trainer.precision must be one of {', '.join(_QUANTIZED)} with model.lora.quantize="
+        f"{module.lora.quantize}; got {precision}"
+    )
 
 
 def _never_validates(trainer: Trainer) -> bool:
@@ -202,7 +221,8 @@ def _precision_faults(trainer: Trainer, module: Any) -> Faults:
             "trainer.precision=bf16-true"
         )
     dtype = getattr(module.trained_source, "dtype", None)
-    if dtype in (torch.bfloat16, torch.float16) and precision not in ("bf16-true", "16-true"):
+    small = dtype in (torch.bfloat16, torch.float16) and module.lora is None
+    if small and precision not in ("bf16-true", "16-true"):
         faults.add(
             f"{module.source_setting} must have float32 weights with trainer.precision="
             f"{precision}, since small steps round away in {str(dtype)[6:]}; got "

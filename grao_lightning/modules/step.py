@@ -1,21 +1,27 @@
 """What every module shares: one optimiser step a batch, in micro-batches, on all devices."""
 
-import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar, Literal, TypedDict
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from grao_lightning.batch import PromptBatch, TokenRow
+from grao_lightning.callbacks.phase import clock
 from grao_lightning.data.templates import template_change
 from grao_lightning.faults import Faults, NamedSettings, UserError
+from grao_lightning.language_model.adapters import LoRA, as_lora, as_primitives, is_adapter
 from grao_lightning.language_model.frozen import FrozenModel
 from grao_lightning.language_model.kept import packed_source
-from grao_lightning.language_model.loading import ModelSource, eos_ids, first_mismatch, source_name
+from grao_lightning.language_model.loading import (
+    ModelSource,
+    eos_ids,
+    first_mismatch,
+    has_tokenizer,
+    source_name,
+)
 from grao_lightning.language_model.precision import keeping_float32
 from grao_lightning.language_model.sharded import Sharding
 from grao_lightning.language_model.tokenizing import (
@@ -25,10 +31,12 @@ from grao_lightning.language_model.tokenizing import (
     tokenizer_of,
 )
 from grao_lightning.metrics.outcomes import Estimate
+from grao_lightning.modules.adapted import AdaptedModule
 from grao_lightning.modules.balance import Count, RouterBalance
 from grao_lightning.modules.checks import check_run
 from grao_lightning.modules.optimizer import MasterWeightsAdamW
 from grao_lightning.modules.settings import show_settings
+from grao_lightning.randomness import run_seed
 from grao_lightning.strategies.sharded import sharding_of
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -51,9 +59,10 @@ class StepSettings(TypedDict, total=False):
     share_prompts: bool
     router_loss: float | None
     tokenizer: TokenizerSource | None
+    lora: LoRA | None
 
 
-class StepModule(NamedSettings, LightningModule):
+class StepModule(NamedSettings, AdaptedModule):
     """Takes one optimiser step a batch and logs what it and validation measured.
 
     Optimisation is manual: a batch is split into micro-batches by tokens, and every loss is divided
@@ -78,6 +87,8 @@ class StepModule(NamedSettings, LightningModule):
             its configuration's router_aux_loss_coef is one. Costs another forward pass. null = off.
         tokenizer: Hub name or folder, in Python also a loaded one; null = the model's own, of a
             model that is handed over that of the name it was loaded from.
+        lora: Train adapters of low rank and leave the model's own weights as they are, such as
+            {rank: 16}; null = train the whole model.
     """
 
     #: Whether training reads sampled, scored groups (and not only the data's answers).
@@ -91,8 +102,6 @@ class StepModule(NamedSettings, LightningModule):
     #: The models' settings as they were given, the trained one first; set before ``__init__``. A
     #: dict hides models from PyTorch, which would take each for a part of its own.
     _sources: dict[str, Any]
-    #: The setting that names the trained model's source.
-    source_setting = "model.policy"
     #: Its charts on TensorBoard's custom-scalar page: title -> regular expressions of tags.
     charts: ClassVar[Charts] = {"loss": ["train/loss$"]}
 
@@ -110,15 +119,12 @@ class StepModule(NamedSettings, LightningModule):
         share_prompts: bool = True,
         router_loss: float | None = None,
         tokenizer: TokenizerSource | None = None,
+        lora: LoRA | None = None,
     ) -> None:
         super().__init__()
         self._tokenizer_source = tokenizer
-        objects = {
-            name: source_name(source)
-            for name, source in {**self._sources, "tokenizer": tokenizer}.items()
-            if not isinstance(source, str | None)
-        }
-        # Checkpoints hold primitives, and no second copy of a model.
+        self.lora = as_lora(lora)
+        objects = self._as_primitives(tokenizer=tokenizer, lora=lora)
         self.save_hyperparameters(ignore=list(objects))
         self.save_hyperparameters(objects)
         self.automatic_optimization = False
@@ -145,6 +151,16 @@ class StepModule(NamedSettings, LightningModule):
         self._base_is_start = False
         self._packed: Tensor | None = None
 
+    def _as_primitives(self, *, tokenizer: Any, lora: Any) -> dict[str, Any]:
+        """Return the settings that are objects as checkpoints keep them: no second copy of any."""
+        sources = {**self._sources, "tokenizer": tokenizer}
+        objects: dict[str, Any] = {
+            name: source_name(source)
+            for name, source in sources.items()
+            if not isinstance(source, str | None)
+        }
+        return {**objects, "lora": as_primitives(lora)} if isinstance(lora, LoRA) else objects
+
     def __init_subclass__(cls, **options: Any) -> None:
         """Show all settings of a subclass."""
         super().__init_subclass__(**options)
@@ -167,9 +183,10 @@ class StepModule(NamedSettings, LightningModule):
             UserError: It cannot be loaded.
         """
         if self.tokenizer is None:
-            self.tokenizer = tokenizer_of(
-                self.source_setting, self.trained_source, self._tokenizer_source
-            )
+            source = self.trained_source
+            if isinstance(source, str) and is_adapter(source) and not has_tokenizer(source):
+                source = self.base_source
+            self.tokenizer = tokenizer_of(self.source_setting, source, self._tokenizer_source)
         return self.tokenizer
 
     @property
@@ -179,7 +196,7 @@ class StepModule(NamedSettings, LightningModule):
 
     def eos_ids(self) -> tuple[int, ...]:
         """Return every token id that ends a sequence."""
-        return eos_ids(self.trained_source, self.own_tokenizer())
+        return eos_ids(self.base_source, self.own_tokenizer())
 
     def check_vocabulary(self) -> None:
         """Check that a model and a tokenizer that were brought together fit.
@@ -233,6 +250,12 @@ class StepModule(NamedSettings, LightningModule):
             faults.add(f"model.router_loss must be > 0 or null; got {self.router_loss}")
         faults.one_of("model.schedule", self.schedule, ("constant", "linear", "cosine"))
         faults.add(tokenizer_fault(self.trained_source, self._tokenizer_source))
+        faults.add(*self.adapter_faults())
+        if self.master_weights and self.lora is not None:
+            faults.add(
+                "model.master_weights must be false with model.lora, whose adapters are float32 "
+                "themselves; got true: remove it"
+            )
         return faults
 
     def setup(self, stage: str) -> None:
@@ -274,6 +297,7 @@ class StepModule(NamedSettings, LightningModule):
     def on_fit_start(self) -> None:
         """Put the model in training mode: Hugging Face loads models in evaluation mode."""
         self.train()
+        self.tell_learning_rate(self.learning_rate)
 
     # -- one step ----------------------------------------------------------------------------------
 
@@ -319,11 +343,11 @@ class StepModule(NamedSettings, LightningModule):
         return self.reduce_over_ranks(torch.tensor([value], dtype=torch.double), "sum").item()
 
     def reduce_over_ranks(self, values: Tensor, operation: str) -> Tensor:
-        """Return values over all ranks; ``operation`` is "sum" or "max"."""
+        """Return values over all ranks, where they are; ``operation`` is "sum" or "max"."""
         if self.trainer.world_size == 1:
             return values
         reduced = self.trainer.strategy.reduce(values.to(self.device), reduce_op=operation)
-        return reduced.cpu()
+        return reduced.to(values.device)
 
     def _trained(self) -> list[torch.nn.Parameter]:
         """Return the parameters that the optimiser holds."""
@@ -352,10 +376,13 @@ class StepModule(NamedSettings, LightningModule):
 
     def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
         """Start the clock of the update; callbacks have sampled and scored by now."""
-        self._update_started = time.perf_counter()
+        if self.drops_out:  # a function of seed, step and rank, so that a resumed run goes on alike
+            seeds = (run_seed(), self.trainer.global_step, self.global_rank)
+            torch.manual_seed(hash(seeds) % 2**63)
+        self._update_started = clock(self.device)
 
     def _log_step(self, batch: PromptBatch) -> None:
-        batch.seconds["update"] = time.perf_counter() - self._update_started
+        batch.seconds["update"] = clock(self.device) - self._update_started
         for phase, seconds in batch.seconds.items():
             batch.statistics.mean(f"perf/{phase}_time", seconds)
         values = batch.statistics.reduced(self.reduce_over_ranks)
@@ -426,6 +453,9 @@ class StepModule(NamedSettings, LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what export needs beside the weights, how prompts were read, what was drawn."""
+        adapters = self.told_of_adapters()
+        if adapters is not None:
+            checkpoint["adapters"] = adapters
         checkpoint["base_is_start"] = self._base_is_start
         if self._packed is None:
             try:
@@ -445,8 +475,9 @@ class StepModule(NamedSettings, LightningModule):
         """Compare how prompts were read with how they are read now.
 
         Raises:
-            UserError: A run that goes on would read them otherwise.
+            UserError: A run that goes on would read them otherwise, or trains other weights.
         """
+        self.check_adapters(checkpoint.get("adapters"))
         self._base_is_start = self._base_is_start and checkpoint.get("base_is_start", True)
         data = self._data()
         if "chat_template" not in checkpoint or not hasattr(data, "template_in_use"):
