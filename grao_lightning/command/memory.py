@@ -2,8 +2,10 @@
 
 import argparse
 import inspect
+import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ _NOTES = (
     "By design: weights, gradients, moments, reference model, copies, checkpoint. Counted on "
     "PyTorch's meta device: what the layers keep of each token for the backward pass, in a "
     "micro-batch that is full. Bounds: head, cache of sampling (prompts of "
-    "data.max_prompt_tokens, completions of full length).",
+    "data.max_prompt_tokens, completions of full length). Adapters on experts need more: all "
+    "experts' weights are formed anew in each pass.",
     "Not counted: CUDA's context and libraries (about 0.5 to 1 GiB a device or process), what "
     "allocators keep in reserve, rewards and judges that are models, the data, workers.",
 )
@@ -119,23 +122,21 @@ class Plan:
 
     def __init__(self, settings: dict[str, Any]) -> None:
         from grao_lightning.language_model import footprint
-        from grao_lightning.language_model.measuring import empty_model, size_of
 
         self.method, model = _model_settings(settings.get("model"))
         policy = "policy" if "policy" in model else "backbone"
         self.source = str(model[policy])
-        trained = empty_model(f"model.{policy}", self.source, is_policy=policy == "policy")
-        self.size = size_of(trained)
+        self.size = _size(f"model.{policy}", self.source)
         lora = model.get("lora")
         self.run = self._run(settings, model, self.method)
         if lora:
-            self.run = replace(self.run, adapters=_adapters(trained, lora))
+            self.run = replace(self.run, adapters=_adapters(self.source, json.dumps(lora)))
         frozen = model.get("reference_model")
         self.reference_model: footprint.ModelSize | None = None
         if frozen == "policy" and not lora:
             self.reference_model = self.size
         elif frozen not in (None, "policy"):
-            self.reference_model = size_of(empty_model("model.reference_model", str(frozen)))
+            self.reference_model = _size("model.reference_model", str(frozen))
         here = self.run.ranks // self._nodes
         self.host = footprint.host(self.size, self.run, self.reference_model, here)
 
@@ -225,13 +226,23 @@ def _with_defaults(name: str, given: Any, section: str = "") -> dict[str, Any]:
     return {key: value.default for key, value in parameters.items()} | given
 
 
-def _adapters(model: Any, lora: dict[str, Any]) -> int:
+@cache
+def _size(setting: str, source: str) -> Any:
+    from grao_lightning.language_model.measuring import empty_model, size_of
+
+    return size_of(empty_model(setting, source, is_policy=setting != "model.backbone"))
+
+
+@cache
+def _adapters(source: str, lora: str) -> int:
     """Return the number of parameters of adapters on a model without weights."""
     from grao_lightning.language_model.adapters import as_lora, new_adapters
+    from grao_lightning.language_model.measuring import empty_model
 
-    settings = as_lora({**lora, "quantize": None})
+    settings = as_lora({**json.loads(lora), "quantize": None})
     assert settings is not None
     settings.faults("model.lora").raise_if_any()
+    model = empty_model("model.policy", source)
     return sum(p.numel() for p in new_adapters("model.policy", model, settings).parameters())
 
 

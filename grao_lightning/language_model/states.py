@@ -112,11 +112,16 @@ def states_and_targets(
         for number, (states, targets) in zip(numbers, parts, strict=True):
             pieces[number] = states, targets
     states, targets = (torch.cat(part) for part in zip(*pieces, strict=True))
-    for _ in range(more):  # as other ranks do; of no effect, but with a backward pass
+    return _beside_others(model, read, states, more), targets
+
+
+def _beside_others(model: Any, read: Read, states: Tensor, passes: int) -> Tensor:
+    """Make as many passes more as other ranks do: of no effect, but with a backward pass."""
+    for _ in range(passes):
         forget_frequencies(model)
-        unread = read(torch.zeros(1, 1, dtype=torch.long, device=device))
+        unread = read(torch.zeros(1, 1, dtype=torch.long, device=states.device))
         states = states + unread.flatten()[:0].sum()
-    return states, targets
+    return states
 
 
 def _packed(

@@ -136,3 +136,9 @@ def test_the_command_reads_configs_and_overrides(capsys, monkeypatch, repository
 def test_what_cannot_be_computed_is_told(arguments, message):
     with pytest.raises(UserError, match=message):
         memory_table(given_settings(arguments))
+
+
+def test_the_page_of_memory_is_what_its_command_writes():
+    from tests.command.memory_page import PAGE, page
+
+    assert PAGE.read_text() == page()
