@@ -141,7 +141,11 @@ class Plan:
         self.host = footprint.host(self.size, self.run, self.reference_model, here)
 
     def _run(self, settings: dict[str, Any], model: dict[str, Any], method: str) -> Any:
+        import torch
+
         from grao_lightning.language_model.footprint import LOW_BIT_MOMENTS, PRECISIONS, Run
+        from grao_lightning.language_model.head import chunk_tokens
+        from grao_lightning.language_model.packing import own_budget
 
         trainer = settings.get("trainer") or {}
         sampling = _with_defaults("GroupSampling", settings.get("sampling"))
@@ -160,20 +164,23 @@ class Plan:
         self.strategy, replicas, offload = _strategy(trainer.get("strategy", "auto"), ranks)
         rows = min(sampling["rows_at_once"], sampling["group_size"] * data["prompts_per_step"])
         prompts = max(1, rows // sampling["group_size"])
-        on_cpu = trainer.get("accelerator") == "cpu"
+        prompt = data["max_prompt_tokens"] or 0
+        on = "cpu" if trainer.get("accelerator") == "cpu" else "cuda"
         return Run(
             precision=precision,
             optimizer=optimizer,
             master_weights=bool(model.get("master_weights")),
             quantized=bool((model.get("lora") or {}).get("quantize")),
-            micro_batch_tokens=model.get("micro_batch_tokens") or 8192,
+            micro_batch_tokens=model["micro_batch_tokens"]
+            or own_budget(prompt + sampling["max_new_tokens"], on),
             checkpointing=bool(model.get("gradient_checkpointing")),
-            head_chunk=_head_chunk(on_cpu),
+            offloaded=bool(model.get("activation_offload")),
+            head_chunk=chunk_tokens(self.size.vocabulary, torch.device(on)),
             ranks=ranks,
             shards=ranks // replicas if self.strategy == "fsdp2" else 1,
             cpu_offload=offload,
             cached_tokens=rows * sampling["max_new_tokens"]
-            + (prompts if on_cpu else rows) * (data["max_prompt_tokens"] or 0),
+            + (prompts if on == "cpu" else rows) * prompt,
             samples=method != "RewardModule",
         )
 
@@ -181,12 +188,6 @@ class Plan:
 def planned(settings: dict[str, Any]) -> Plan:
     """Return what a config asks for."""
     return Plan(settings)
-
-
-def _head_chunk(on_cpu: bool) -> int:
-    from grao_lightning.language_model.head import CHUNK_TOKENS
-
-    return CHUNK_TOKENS if on_cpu else max(CHUNK_TOKENS, 4096)
 
 
 def _strategy(strategy: Any, ranks: int) -> tuple[str, int, bool]:
@@ -236,7 +237,8 @@ def _size(setting: str, source: str) -> Any:
 @cache
 def _adapters(source: str, lora: str) -> int:
     """Return the number of parameters of adapters on a model without weights."""
-    from grao_lightning.language_model.adapters import as_lora, new_adapters
+    from grao_lightning.language_model.adapters import new_adapters
+    from grao_lightning.language_model.lora import as_lora
     from grao_lightning.language_model.measuring import empty_model
 
     settings = as_lora({**json.loads(lora), "quantize": None})

@@ -72,6 +72,7 @@ class Run:
         quantized: Whether frozen linear modules have 4 bits.
         micro_batch_tokens: Of a forward pass with its backward pass.
         checkpointing: Whether activations are computed again in the backward pass.
+        offloaded: Whether activations wait in the host's memory.
         head_chunk: Tokens whose logits exist at the same time.
         ranks: All devices.
         shards: Devices that weights are dealt out over; 1: each has them whole.
@@ -87,6 +88,7 @@ class Run:
     quantized: bool = False
     micro_batch_tokens: int = 8192
     checkpointing: bool = False
+    offloaded: bool = False
     head_chunk: int = 128
     ranks: int = 1
     shards: int = 1
@@ -156,6 +158,8 @@ def activations(size: ModelSize, run: Run) -> float:
     layer = of_token / size.layers
     if run.checkpointing:  # the input of each layer, and one layer at a time
         of_token = size.layers * size.hidden * run.computed + layer
+    if run.offloaded:
+        of_token = layer
     return run.micro_batch_tokens * (of_token + layer)  # gradients of a layer pass through
 
 

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grao_lightning.faults import UserError
-from grao_lightning.language_model.adapters import (
+from grao_lightning.language_model.adapter_folders import (
     adapter_base,
     adapter_fault,
     adapter_labels,
     is_adapter,
-    saved_adapters,
 )
-from grao_lightning.language_model.sharded import Sharding, own_shards
+from grao_lightning.language_model.adapters import saved_adapters
+from grao_lightning.language_model.sharded import Sharding, draw_whole, own_shards
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -191,6 +191,7 @@ def load_classifier(
     if sharding is not None:
         options |= sharding.options()
     # What is missing is returned: the report on it would be noise where a head is to be trained.
+    numbers = torch.get_rng_state()
     reporter = logging.getLogger("transformers.modeling_utils")
     level = reporter.level
     reporter.setLevel(logging.ERROR)
@@ -200,10 +201,12 @@ def load_classifier(
         )
     finally:
         reporter.setLevel(level)
-    model = _plain(source, model)
+    model, missing = _plain(source, model), sorted(report["missing_keys"])
     if sharding is not None:
         own_shards(model, sharding)
-    return model, sorted(report["missing_keys"])
+        torch.set_rng_state(numbers)
+        draw_whole(model, missing)
+    return model, missing
 
 
 def _refuse_parts(setting: str, source: str, sharding: Sharding | None) -> None:

@@ -15,10 +15,10 @@ from torch import Tensor
 from grao_lightning.batch import TokenRow
 from grao_lightning.language_model.frozen import bare, inside
 from grao_lightning.language_model.head import Weigh, head_loss, head_obstacle, head_of
-from grao_lightning.language_model.packing import riders, split_into_packs
+from grao_lightning.language_model.packing import own_budget, riders, split_into_packs
 from grao_lightning.language_model.positions import check_length
 from grao_lightning.language_model.routing import Router, router_of
-from grao_lightning.language_model.sharded import passes_over_ranks
+from grao_lightning.language_model.sharded import device_of, passes_over_ranks
 from grao_lightning.language_model.sharing import padding_is_exact, shares_prompts
 from grao_lightning.language_model.states import (
     Read,
@@ -80,6 +80,7 @@ def token_logprobs(
     weigh: Weigh | None = None,
     weigh_rows: bool = False,
     shares: Sequence[float] | None = None,
+    into_grad: bool = False,
 ) -> TokenLogprobs:
     """Return log pi(answer token | what stands before it) for every answer token of every row.
 
@@ -91,11 +92,14 @@ def token_logprobs(
         weigh: (slice of [K], their log-probabilities) -> weight of each token in the loss.
         weigh_rows: Whether a token's weight depends on other tokens: ``weigh`` is then called once,
             with all of them, and the head is computed twice.
+        into_grad: Add the head's gradient to its weight's ``.grad`` at once, see `head_loss`.
         shares: [R] weight of each row's prompt in ``routing`` (`prompt_shares`); None: no routing.
     """
-    return inside(
-        model, lambda model: _token_logprobs(model, rows, temperature, weigh, weigh_rows, shares)
-    )
+
+    def computed(model: Any) -> TokenLogprobs:
+        return _token_logprobs(model, rows, temperature, weigh, weigh_rows, into_grad, shares)
+
+    return inside(model, computed)
 
 
 def _token_logprobs(
@@ -104,6 +108,7 @@ def _token_logprobs(
     temperature: float,
     weigh: Weigh | None,
     weigh_rows: bool,
+    into_grad: bool,
     shares: Sequence[float] | None,
 ) -> TokenLogprobs:
     if not rows:
@@ -125,10 +130,17 @@ def _token_logprobs(
         _, flat, _ = head_loss(states.detach(), head, targets, temperature, None)
         weights = weigh(slice(0, len(targets)), flat)
         loss, flat, entropy = head_loss(
-            states, head, targets, temperature, lambda part, _: weights[part]
+            states,
+            head,
+            targets,
+            temperature,
+            lambda part, _: weights[part],
+            into_grad=into_grad,
         )
     else:
-        loss, flat, entropy = head_loss(states, head, targets, temperature, weigh)
+        loss, flat, entropy = head_loss(
+            states, head, targets, temperature, weigh, into_grad=into_grad
+        )
     return TokenLogprobs(loss, flat, entropy, lengths, states, routing)
 
 
@@ -160,21 +172,21 @@ def _way(model: Any, read: Read) -> Way:
 def _of_no_rows(model: Any, temperature: float, shares: Sequence[float] | None) -> TokenLogprobs:
     """Return the log-probabilities of no tokens after a pass like any other, its gradient 0."""
     weigh: Weigh | None = (lambda _, flat: flat * 0.0) if torch.is_grad_enabled() else None
-    computed = _token_logprobs(model, [_FILLER], temperature, weigh, False, shares)
+    computed = _token_logprobs(model, [_FILLER], temperature, weigh, False, False, shares)
     states = None if computed.states is None else computed.states[:0]
     flat, entropy = computed.flat[:0], computed.entropy[:0]
     return TokenLogprobs(computed.loss, flat, entropy, [], states, computed.routing)
 
 
 def frozen_logprobs(
-    model: Any, rows: Sequence[TokenRow], budget: int, *, temperature: float = 1.0
+    model: Any, rows: Sequence[TokenRow], budget: int | None, *, temperature: float = 1.0
 ) -> list[Tensor]:
     """Return one [T] tensor a row, without gradients, micro-batch by micro-batch.
 
     Args:
         model: A Hugging Face causal language model, or a `FrozenModel`.
         rows: R prompts with their answers.
-        budget: Most tokens of a micro-batch.
+        budget: Most tokens of a micro-batch; None: `own_budget`.
         temperature: Divides the logits.
     """
     found = [torch.empty(0)] * len(rows)
@@ -185,7 +197,7 @@ def frozen_logprobs(
 
 
 def frozen_passes(
-    model: Any, rows: Sequence[TokenRow], budget: int, *, temperature: float = 1.0
+    model: Any, rows: Sequence[TokenRow], budget: int | None, *, temperature: float = 1.0
 ) -> Iterator[tuple[list[int], TokenLogprobs]]:
     """Yield row numbers and what the model says of these rows, without gradients.
 
@@ -194,7 +206,7 @@ def frozen_passes(
     Args:
         model: A Hugging Face causal language model, or a `FrozenModel`.
         rows: R prompts with their answers.
-        budget: Most tokens of a micro-batch.
+        budget: Most tokens of a micro-batch; None: `own_budget`.
         temperature: Divides the logits.
     """
     micro_batches = split_by_tokens(model, rows, [False] * len(rows), budget)
@@ -229,7 +241,7 @@ def evened_out(model: Any, micro_batches: Sequence[MicroBatch]) -> list[MicroBat
 
 
 def split_together(
-    model: Any, rows: Sequence[TokenRow], units: Sequence[Sequence[int]], budget: int
+    model: Any, rows: Sequence[TokenRow], units: Sequence[Sequence[int]], budget: int | None
 ) -> list[MicroBatch]:
     """Return rows in micro-batches of at most ``budget`` tokens that keep each unit whole.
 
@@ -237,8 +249,9 @@ def split_together(
         model: Decides the layout, packed or padded.
         rows: All rows.
         units: Numbers of the rows that belong together, such as the two of a pair.
-        budget: Most tokens of a micro-batch; a larger unit stands alone.
+        budget: Most tokens of a micro-batch; a larger unit stands alone. None: `own_budget`.
     """
+    budget = _budget(model, rows, budget)
     size = _packed_size if _packs(model) else _padded_size
     micro_batches: list[list[int]] = []
     for unit in units:
@@ -251,7 +264,7 @@ def split_together(
 
 
 def split_by_tokens(
-    model: Any, rows: Sequence[TokenRow], needs_gradient: Sequence[bool], budget: int
+    model: Any, rows: Sequence[TokenRow], needs_gradient: Sequence[bool], budget: int | None
 ) -> list[MicroBatch]:
     """Return all rows in micro-batches of at most ``budget`` tokens in the model's layout.
 
@@ -262,11 +275,13 @@ def split_by_tokens(
         model: Decides the layout, packed or padded.
         rows: All rows.
         needs_gradient: [R] whether a row's log-probabilities are to be differentiated.
-        budget: Most tokens of a micro-batch, padding included; a longer row stands alone.
+        budget: Most tokens of a micro-batch, padding included; a longer row stands alone. None:
+            `own_budget`.
 
     Returns:
         Those without gradients first.
     """
+    budget = _budget(model, rows, budget)
     packed = _packs(model)
     split = split_into_packs if packed else split_padded
     carried = riders(rows, needs_gradient) if packed else set()
@@ -291,6 +306,12 @@ def split_padded(rows: Sequence[TokenRow], numbers: Sequence[int], budget: int) 
         else:
             micro_batches.append([number])
     return micro_batches
+
+
+def _budget(model: Any, rows: Sequence[TokenRow], budget: int | None) -> int:
+    if budget is not None:
+        return budget
+    return own_budget(max(map(len, rows), default=0), device_of(bare(model)).type)
 
 
 def _packs(model: Any) -> bool:

@@ -1,10 +1,10 @@
 """The attention of a `Pack` on devices that have no kernel of ours.
 
 Where a trial shows that it works, `torch.nn.attention.flex_attention`, which passes over the blocks
-that nobody sees. Else part by part through scaled dot-product attention: every prompt by itself,
-then its branches side by side, each behind the prompt's keys. Neither makes a mask of [S, S], nor
-hands over a mask together with key heads that several query heads share: for that pair scaled
-dot-product attention has no fused kernel and would form all scores.
+that nobody sees. Else part by part through scaled dot-product attention: the branches of a prompt
+side by side, each behind its own copy, as rows that share nothing attend. Neither makes a mask of
+[S, S]: with one, and with key heads that several query heads share, scaled dot-product attention
+has no fused kernel and would form all scores.
 
 Written without a GPU at hand: on CPU both ways are tested, flex_attention uncompiled; on CUDA
 nothing was run or timed. That is why a trial decides.
@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from grao_lightning.batch import TokenRow
 from grao_lightning.language_model.packing import Pack, Segment, pack_rows
@@ -72,32 +71,26 @@ def _by_parts(query: Tensor, key: Tensor, value: Tensor, parts: list[Part], scal
     outputs = []
     for segment, ragged in parts:
         prompt = slice(segment.start, segment.branches_start)
-        own = [repeated(part[:, :, prompt], repeats) for part in (key, value)]
-        outputs.append(
-            F.scaled_dot_product_attention(
-                query[:, :, prompt], own[0], own[1], is_causal=True, scale=scale
-            )
-        )
-        if ragged is None:
-            continue
         branches = slice(segment.branches_start, segment.end)
-        behind = [
-            torch.cat(
-                [
-                    of_prompt.expand(ragged.num_branches, -1, -1, -1),
-                    repeated(ragged.pad(part[:, :, branches]), repeats),
-                ],
-                dim=2,
-            )
-            for of_prompt, part in zip(own, (key, value), strict=True)
-        ]  # [n, Hq, P + T, D]
-        # The last query stands behind the last key: fused kernels know that without a mask.
-        bias = causal_lower_right(ragged.longest, segment.prompt_length + ragged.longest)
-        output = F.scaled_dot_product_attention(
-            ragged.pad(query[:, :, branches]), behind[0], behind[1], attn_mask=bias, scale=scale
+        asked, keys, values = (
+            _rows_of(part, prompt, branches, ragged) for part in (query, key, value)
         )
-        outputs.append(ragged.unpad(output))
+        output = F.scaled_dot_product_attention(
+            asked, repeated(keys, repeats), repeated(values, repeats), is_causal=True, scale=scale
+        )
+        outputs.append(output[:1, :, : segment.prompt_length])
+        if ragged is not None:
+            outputs.append(ragged.unpad(output[:, :, segment.prompt_length :]))
     return torch.cat(outputs, dim=2)
+
+
+def _rows_of(values: Tensor, prompt: slice, branches: slice, ragged: Ragged | None) -> Tensor:
+    """Return the branches of a segment side by side, each behind its prompt, [n, H, P + T, D]."""
+    of_prompt = values[:, :, prompt]
+    if ragged is None:
+        return of_prompt
+    of_branches = ragged.pad(values[:, :, branches])
+    return torch.cat([of_prompt.expand(len(of_branches), -1, -1, -1), of_branches], dim=2)
 
 
 # -- flex_attention --------------------------------------------------------------------------------

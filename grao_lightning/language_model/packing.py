@@ -198,6 +198,20 @@ def split_into_packs(
     return packs
 
 
+def own_budget(longest: int, device_type: str) -> int:
+    """Return the most tokens of a micro-batch where none is asked for.
+
+    On a CPU 1,024 tokens are nearly as fast as more (measured, see docs/benchmarks.md); other
+    devices are busy only with many (not measured). Twice the longest row, since in packs shorter
+    than that most of what is read is prompts, read over and over.
+
+    Args:
+        longest: Tokens of the longest row.
+        device_type: Such as "cpu".
+    """
+    return max(1024 if device_type == "cpu" else 8192, 2 * longest)
+
+
 def riders(rows: Sequence[TokenRow], needs_gradient: Sequence[bool]) -> set[int]:
     """Return the rows without gradient that are cheaper in the pack of their prompt's other rows.
 

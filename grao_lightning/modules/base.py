@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 from grao_lightning.batch import PromptBatch, TokenRow
 from grao_lightning.callbacks.scoring import GroupScoring
 from grao_lightning.faults import Faults
-from grao_lightning.language_model.adapters import BeforeTraining
+from grao_lightning.language_model.before_training import BeforeTraining
 from grao_lightning.language_model.fingerprint import fingerprint
 from grao_lightning.language_model.frozen import FrozenModel, bare, inside
 from grao_lightning.language_model.head import Weigh
@@ -186,7 +186,9 @@ class AlignmentModule(StepModule):
         if self.gradient_checkpointing:
             self.policy.gradient_checkpointing_enable({"use_reentrant": False})
         if not all(isinstance(source, str | None) for source in self._sources.values()):
-            self._fingerprint = fingerprint(bare(self.reference_model or self.policy))
+            before = isinstance(self.reference_model, BeforeTraining)
+            frozen = bare(self.reference_model or self.policy)
+            self._fingerprint = self._base_fingerprint if before else fingerprint(frozen)
 
     def _frozen_model(self) -> FrozenModel | None:
         """Return the reference model: the policy before training is within one with adapters."""
@@ -299,7 +301,7 @@ class AlignmentModule(StepModule):
         for at, micro_batch in enumerate(micro_batches, start=1):
             numbers = micro_batch.numbers
             weighs = micro_batch.needs_gradient and numbers
-            with torch.set_grad_enabled(micro_batch.needs_gradient):
+            with torch.set_grad_enabled(micro_batch.needs_gradient), self.kept_activations():
                 computed = token_logprobs(
                     self.policy,
                     [rows[number] for number in numbers],
@@ -307,6 +309,7 @@ class AlignmentModule(StepModule):
                     weigh=weigh_for(numbers) if weighs else None,
                     weigh_rows=weigh_rows,
                     shares=None if balance is None else balance.shares(numbers),
+                    into_grad=self.owns_gradients,
                 )
             collected.add(numbers, computed)
             if micro_batch.needs_gradient:

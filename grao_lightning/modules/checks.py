@@ -45,6 +45,7 @@ def run_faults(trainer: Trainer, module: Any, data: Any, command: str | None) ->
         faults.add(*data.faults(trainer.world_size))
     faults.add(*_stage_faults(trainer, module))
     faults.add(*_trainer_faults(trainer, command))
+    faults.add(*_offload_faults(trainer, module))
     faults.add(*_clipping_faults(trainer, module))
     faults.add(*_precision_faults(trainer, module))
     faults.add(_quantization_fault(trainer, module))
@@ -172,6 +173,17 @@ def _sharding_faults(trainer: Trainer, module: Any) -> Faults:
     if not isinstance(trainer.strategy, ShardedStrategy):
         return faults
     faults.add(*trainer.strategy.faults())
+    if module.optimizer != "adamw" or module.stochastic_rounding:
+        faults.add(
+            "model.optimizer must be adamw, without model.stochastic_rounding, with "
+            "trainer.strategy=fsdp2: its checkpoints have not been seen to hold moments of fewer "
+            f"bits; got {module.optimizer}: remove the settings"
+        )
+    if module.activation_offload:
+        faults.add(
+            "model.activation_offload must be false with trainer.strategy=fsdp2, whose gathered "
+            "weights it would take for activations; got true: use model.gradient_checkpointing"
+        )
     if module.master_weights:
         faults.add(
             "model.master_weights must be false with trainer.strategy=fsdp2, whose checkpoints "
@@ -191,6 +203,18 @@ def _sharding_faults(trainer: Trainer, module: Any) -> Faults:
                 f"every device reads its part alone; got a {type(source).__name__} that is whole: "
                 "save it with save_pretrained(folder) and give the folder"
             )
+    return faults
+
+
+def _offload_faults(trainer: Trainer, module: Any) -> Faults:
+    faults = Faults()
+    device = trainer.strategy.root_device.type
+    if module.activation_offload and device != "cuda":
+        faults.add(
+            "model.activation_offload must be false where activations are in the host's memory "
+            f"already; got true with trainer.accelerator={device}: remove it, or recompute them by "
+            "model.gradient_checkpointing=true"
+        )
     return faults
 
 
@@ -219,6 +243,12 @@ def _precision_faults(trainer: Trainer, module: Any) -> Faults:
             "model.master_weights must be false where the weights are float32 or wider themselves; "
             f"got true with trainer.precision={precision}: remove it, or set "
             "trainer.precision=bf16-true"
+        )
+    if module.stochastic_rounding and (precision != "bf16-true" or module.lora is not None):
+        what = precision if module.lora is None else f"{precision} and model.lora"
+        faults.add(
+            "model.stochastic_rounding must be false where what is trained is not bfloat16 and no "
+            f"step rounds away; got true with trainer.precision={what}: remove it"
         )
     dtype = getattr(module.trained_source, "dtype", None)
     small = dtype in (torch.bfloat16, torch.float16) and module.lora is None

@@ -222,7 +222,8 @@ class RewardModule(StepModule):
             router = None if balance is None else self._router()
             shares = None if balance is None else balance.shares(numbers)
             chosen = [rows[number] for number in numbers]
-            computed = row_scores(self.reward_model, chosen, router, shares)[:, 0]
+            with self.kept_activations():
+                computed = row_scores(self.reward_model, chosen, router, shares)[:, 0]
             own = None
             if margins is not None:
                 own = sent(self.device, margins[numbers[0::2]])[0].to(computed.dtype)

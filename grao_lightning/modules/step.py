@@ -1,10 +1,11 @@
 """What every module shares: one optimiser step a batch, in micro-batches, on all devices."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Literal, TypedDict
 
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from grao_lightning.batch import PromptBatch, TokenRow
 from grao_lightning.callbacks.phase import clock
 from grao_lightning.data.templates import template_change
 from grao_lightning.faults import Faults, NamedSettings, UserError
-from grao_lightning.language_model.adapters import LoRA, as_lora, as_primitives, is_adapter
+from grao_lightning.language_model.adapter_folders import is_adapter
 from grao_lightning.language_model.frozen import FrozenModel
 from grao_lightning.language_model.kept import packed_source
 from grao_lightning.language_model.loading import (
@@ -22,6 +23,8 @@ from grao_lightning.language_model.loading import (
     has_tokenizer,
     source_name,
 )
+from grao_lightning.language_model.lora import LoRA, as_lora, as_primitives
+from grao_lightning.language_model.offload import activations_on_host
 from grao_lightning.language_model.precision import keeping_float32
 from grao_lightning.language_model.sharded import Sharding
 from grao_lightning.language_model.tokenizing import (
@@ -34,7 +37,13 @@ from grao_lightning.metrics.outcomes import Estimate
 from grao_lightning.modules.adapted import AdaptedModule
 from grao_lightning.modules.balance import Count, RouterBalance
 from grao_lightning.modules.checks import check_run
-from grao_lightning.modules.optimizer import MasterWeightsAdamW
+from grao_lightning.modules.host_memory import give_back_memory
+from grao_lightning.modules.optimizer import (
+    OPTIMIZERS,
+    OptimizerName,
+    make_optimizer,
+    optimizer_fault,
+)
 from grao_lightning.modules.settings import show_settings
 from grao_lightning.randomness import run_seed
 from grao_lightning.strategies.sharded import sharding_of
@@ -50,11 +59,14 @@ class StepSettings(TypedDict, total=False):
     learning_rate: float
     weight_decay: float
     betas: tuple[float, float]
+    optimizer: OptimizerName
     master_weights: bool
+    stochastic_rounding: bool
     schedule: Schedule
     warmup_steps: int
-    micro_batch_tokens: int
+    micro_batch_tokens: int | None
     gradient_checkpointing: bool
+    activation_offload: bool
     attn_implementation: str | None
     share_prompts: bool
     router_loss: float | None
@@ -74,12 +86,19 @@ class StepModule(NamedSettings, AdaptedModule):
         learning_rate: Peak learning rate of AdamW.
         weight_decay: Of AdamW, decoupled.
         betas: Of AdamW.
+        optimizer: adamw, or with its moments in fewer bits (needs ``grao-lightning[low-bit]``):
+            adamw_8bit (2 bytes a parameter; adamw has 8 in float32 and 4 in bfloat16), adamw_4bit
+            (1 byte) or, on CUDA, adamw_fp8 (2). Compiled at the first step; slow on CPUs.
         master_weights: Keep float32 copies of the weights in the optimiser, which takes its steps
             on them: for ``trainer.precision=bf16-true``, where small steps round away otherwise.
+        stochastic_rounding: For the same without copies: round the new weights up or down by
+            chance, so that small steps arrive in the mean (needs ``grao-lightning[low-bit]``).
         schedule: Learning rate after warm-up: constant, or falling to 0 at ``trainer.max_steps``.
         warmup_steps: Steps of linear warm-up.
         micro_batch_tokens: Most padded tokens in one forward pass; lower it when memory runs out.
+            null = 1024 on a CPU and 8192 elsewhere, or twice the longest row where that is more.
         gradient_checkpointing: Recompute activations in the backward pass.
+        activation_offload: Keep activations in the host's memory until the backward pass, on CUDA.
         attn_implementation: Of the Hugging Face models, such as flash_attention_2; prompts are
             then not shared.
         share_prompts: Read every prompt once for all that follows it, where the model allows it.
@@ -110,11 +129,14 @@ class StepModule(NamedSettings, AdaptedModule):
         learning_rate: float = 1e-6,
         weight_decay: float = 0.01,
         betas: tuple[float, float] = (0.9, 0.999),
+        optimizer: OptimizerName = "adamw",
         master_weights: bool = False,
+        stochastic_rounding: bool = False,
         schedule: Schedule = "constant",
         warmup_steps: int = 0,
-        micro_batch_tokens: int = 8192,
+        micro_batch_tokens: int | None = None,
         gradient_checkpointing: bool = False,
+        activation_offload: bool = False,
         attn_implementation: str | None = None,
         share_prompts: bool = True,
         router_loss: float | None = None,
@@ -131,11 +153,14 @@ class StepModule(NamedSettings, AdaptedModule):
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.betas = betas
+        self.optimizer = optimizer
         self.master_weights = master_weights
+        self.stochastic_rounding = stochastic_rounding
         self.schedule = schedule
         self.warmup_steps = warmup_steps
         self.micro_batch_tokens = micro_batch_tokens
         self.gradient_checkpointing = gradient_checkpointing
+        self.activation_offload = activation_offload
         self.attn_implementation = attn_implementation
         self.share_prompts = share_prompts
         self.router_loss = router_loss
@@ -245,17 +270,21 @@ class StepModule(NamedSettings, AdaptedModule):
         faults.at_least("model.learning_rate", self.learning_rate, 0)
         faults.at_least("model.weight_decay", self.weight_decay, 0)
         faults.at_least("model.warmup_steps", self.warmup_steps, 0)
-        faults.at_least("model.micro_batch_tokens", self.micro_batch_tokens, 1)
+        if self.micro_batch_tokens is not None:
+            faults.at_least("model.micro_batch_tokens", self.micro_batch_tokens, 1)
+        faults.one_of("model.optimizer", self.optimizer, OPTIMIZERS)
+        faults.add(optimizer_fault(self.optimizer, self.master_weights, self.stochastic_rounding))
         if self.router_loss is not None and not self.router_loss > 0:
             faults.add(f"model.router_loss must be > 0 or null; got {self.router_loss}")
         faults.one_of("model.schedule", self.schedule, ("constant", "linear", "cosine"))
         faults.add(tokenizer_fault(self.trained_source, self._tokenizer_source))
         faults.add(*self.adapter_faults())
-        if self.master_weights and self.lora is not None:
-            faults.add(
-                "model.master_weights must be false with model.lora, whose adapters are float32 "
-                "themselves; got true: remove it"
-            )
+        for name in ("master_weights", "stochastic_rounding"):
+            if getattr(self, name) and self.lora is not None:
+                faults.add(
+                    f"model.{name} must be false with model.lora, whose adapters are float32 "
+                    "themselves; got true: remove it"
+                )
         return faults
 
     def setup(self, stage: str) -> None:
@@ -275,17 +304,18 @@ class StepModule(NamedSettings, AdaptedModule):
         """Return AdamW and its schedule by step."""
         # A fused AdamW unscales by itself, so under a gradient scaler the norm would be clipped too
         # late; there the plain one is used.
-        fused = self.trainer.precision != "16-mixed"
-        adamw = MasterWeightsAdamW if self.master_weights else torch.optim.AdamW
         trained = self._trained()
         sharded = {hasattr(parameter, "device_mesh") for parameter in trained}
         assert sharded == {self.sharding is not None}, "the optimiser holds parts, or all is whole"
-        optimizer = adamw(
+        optimizer = make_optimizer(
+            self.optimizer,
             trained,
+            master_weights=self.master_weights,
+            stochastic_rounding=self.stochastic_rounding,
+            fused=self.trainer.precision != "16-mixed",
             lr=self.learning_rate,
             weight_decay=self.weight_decay,
             betas=(self.betas[0], self.betas[1]),
-            fused=fused,
         )
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._schedule_factor)
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
@@ -313,7 +343,7 @@ class StepModule(NamedSettings, AdaptedModule):
         """Take the batch's last optimiser step and log what its stages noted."""
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         assert not isinstance(optimizer, list) and scheduler is not None
-        batch.statistics.mean("learning_rate", optimizer.param_groups[0]["lr"])
+        batch.statistics.mean("learning_rate", float(optimizer.param_groups[0]["lr"]))
         if self._router_losses:
             batch.statistics.mean("router_loss", torch.stack(self._router_losses))
             self._router_losses = []
@@ -349,6 +379,20 @@ class StepModule(NamedSettings, AdaptedModule):
         reduced = self.trainer.strategy.reduce(values.to(self.device), reduce_op=operation)
         return reduced.to(values.device)
 
+    @property
+    def owns_gradients(self) -> bool:
+        """Return whether gradients may be added to weights by hand.
+
+        Other strategies than that of one device wait in autograd to exchange them, and a gradient
+        scaler multiplies the loss.
+        """
+        one = isinstance(self.trainer.strategy, SingleDeviceStrategy)
+        return one and self.trainer.precision != "16-mixed"
+
+    def kept_activations(self) -> AbstractContextManager[Any]:
+        """Return the context of a forward pass, which decides where its activations wait."""
+        return activations_on_host(self.trained_model) if self.activation_offload else nullcontext()
+
     def _trained(self) -> list[torch.nn.Parameter]:
         """Return the parameters that the optimiser holds."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -360,6 +404,7 @@ class StepModule(NamedSettings, AdaptedModule):
         wait = nullcontext() if is_last else getattr(strategy, "block_backward_sync", nullcontext)()
         with wait:
             self.manual_backward(loss * self.trainer.world_size)  # DDP divides by it
+        give_back_memory()
 
     def _schedule_factor(self, step: int) -> float:
         if step < self.warmup_steps:
@@ -379,6 +424,7 @@ class StepModule(NamedSettings, AdaptedModule):
         if self.drops_out:  # a function of seed, step and rank, so that a resumed run goes on alike
             seeds = (run_seed(), self.trainer.global_step, self.global_rank)
             torch.manual_seed(hash(seeds) % 2**63)
+        give_back_memory()
         self._update_started = clock(self.device)
 
     def _log_step(self, batch: PromptBatch) -> None:

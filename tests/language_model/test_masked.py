@@ -3,7 +3,6 @@
 import random
 import statistics
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -126,24 +125,22 @@ def test_both_ways_give_the_tree_and_its_gradients(segments, way, uncompiled, mo
     assert not results[1][2][:, :, size:].any(), "nobody sees what a pack is padded with"
 
 
-def test_part_by_part_no_mask_meets_shared_key_heads_and_none_is_as_large_as_the_pack(monkeypatch):
-    """Scaled dot-product attention has no fused kernel for a mask with ``enable_gqa``."""
+def test_part_by_part_nothing_is_masked_and_no_head_is_shared(monkeypatch):
+    """Else scaled dot-product attention has no fused kernel, and forms all scores of a pack."""
     pack = packed([(700, [500, 400, 2]), (900, [300])]).padded(masked.BLOCK)
-    assert len(pack.ids) > 2048
     monkeypatch.setattr(Pack, "mask", lambda self: pytest.fail("a dense mask was made"))
     asked, attention = [], F.scaled_dot_product_attention
 
     def spy(query, key, value, **options):
-        asked.append((options, query.shape[1] == key.shape[1] == value.shape[1]))
+        assert query.shape[:3] == key.shape[:3] == value.shape[:3]
+        asked.append((options, len(query)))
         return attention(query, key, value, **options)
 
-    monkeypatch.setattr(masked, "F", SimpleNamespace(scaled_dot_product_attention=spy))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
     inputs = [part.to("meta") for part in drawn(pack)]
     assert TreeLayout(pack).attend(0, *inputs, 0.3).shape == inputs[0].shape
-    assert len(asked) == 5, "two prompts with branches, and the padding"
-    assert all(alike and not options.get("enable_gqa") for options, alike in asked)
-    masks = [options["attn_mask"] for options, _ in asked if "attn_mask" in options]
-    assert [type(mask).__name__ for mask in masks] == ["CausalBias"] * 2
+    assert [number for _, number in asked] == [3, 1, 1], "two prompts, and the padding"
+    assert all(options == {"is_causal": True, "scale": 0.3} for options, _ in asked)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
