@@ -10,8 +10,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from grao_lightning.batch import PromptBatch
+from grao_lightning.callbacks.storage import use_whole_files
 from grao_lightning.data.templates import template_change
 from grao_lightning.faults import Faults, NamedSettings, UserError
+from grao_lightning.language_model.checkpoints import no_optimizer_states
 from grao_lightning.language_model.frozen import FrozenModel
 from grao_lightning.language_model.kept import packed_source
 from grao_lightning.language_model.loading import ModelSource, eos_ids, first_mismatch, source_name
@@ -220,6 +222,7 @@ class StepModule(NamedSettings, LightningModule):
     def setup(self, stage: str) -> None:
         """Check the run as a whole; Lightning calls this before ``configure_model``."""
         self.check_run()
+        use_whole_files(self.trainer)
 
     def check_run(self) -> None:
         """Tell all faults together; our data asks for it before it reads anything."""
@@ -396,8 +399,10 @@ class StepModule(NamedSettings, LightningModule):
         """Compare how prompts were read with how they are read now.
 
         Raises:
-            UserError: A run that goes on would read them otherwise.
+            UserError: A run that goes on would read them otherwise, or has no optimiser states.
         """
+        if self._goes_on_without_states(checkpoint):
+            raise UserError(no_optimizer_states("ckpt_path", self.trainer.ckpt_path))
         self._base_is_start = self._base_is_start and checkpoint.get("base_is_start", True)
         data = self._data()
         if "chat_template" not in checkpoint or not hasattr(data, "template_in_use"):
@@ -407,6 +412,15 @@ class StepModule(NamedSettings, LightningModule):
             raise UserError(fault)
         if fault:
             rank_zero_warn(f"{fault}. The figures are those of prompts it has not learned to read")
+
+    def _goes_on_without_states(self, checkpoint: dict[str, Any]) -> bool:
+        trainer = self._trainer
+        if trainer is None or trainer.state.fn != "fit":
+            return False
+        # Where the strategy loads them itself, it has done so.
+        return trainer.strategy.lightning_restore_optimizer and (
+            "optimizer_states" not in checkpoint
+        )
 
     def _data(self) -> Any:
         """Return the DataModule; None where there is none, nor a trainer."""
