@@ -19,6 +19,7 @@ _PUBLIC = {
     "GroupSampling": "grao_lightning.callbacks.sampling",
     "GroupScoring": "grao_lightning.callbacks.scoring",
     "ReferenceAwareClipping": "grao_lightning.callbacks.clipping",
+    "ShardedStrategy": "grao_lightning.strategies.sharded",
     "make_trainer": "grao_lightning.command.trainer",
     "export": "grao_lightning.command.export",
     "group_advantages": "grao_lightning.objectives.advantages",
@@ -45,6 +46,7 @@ if TYPE_CHECKING:  # what editors and type checkers read; a test holds it to `_P
     from grao_lightning.objectives.grao import grao_objective as grao_objective
     from grao_lightning.rewards.model import RewardModel as RewardModel
     from grao_lightning.rewards.protocol import RewardSpec as RewardSpec
+    from grao_lightning.strategies.sharded import ShardedStrategy as ShardedStrategy
 
 
 def __getattr__(name: str) -> Any:

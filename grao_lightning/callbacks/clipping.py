@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from grao_lightning.batch import OutwardLimits, PromptBatch
@@ -107,7 +108,7 @@ class ReferenceAwareClipping(NamedSettings, Callback):
         assert self._batch is not None, "on_train_batch_start comes first"
         cap = capped_norm(self.max_norm, self._drift(pl_module), self.drift_target)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, cap))
+        norm = float(_whole(torch.nn.utils.clip_grad_norm_(parameters, cap)))
         self._batch.statistics.mean("grad_norm", norm)
         self._batch.statistics.mean("clip_ratio/grad_norm", float(norm > cap))
         if not math.isfinite(norm):
@@ -142,3 +143,8 @@ class ReferenceAwareClipping(NamedSettings, Callback):
         rank_zero_warn(
             f"step {trainer.global_step}: the gradient norm is {norm}; this step changes nothing"
         )
+
+
+def _whole(norm: torch.Tensor) -> torch.Tensor:
+    """Return the norm over all ranks, among which gradients may be dealt out."""
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

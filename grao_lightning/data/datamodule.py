@@ -22,7 +22,7 @@ from grao_lightning.data.reading import (
     undecided_template,
     unknown_words_fault,
 )
-from grao_lightning.data.sampler import StepBatchSampler
+from grao_lightning.data.sampler import StepBatchSampler, even_batches
 from grao_lightning.data.templates import template_fault, template_text
 from grao_lightning.data.text_pairs import encoder_for
 from grao_lightning.faults import Faults, NamedSettings, UserError
@@ -340,10 +340,20 @@ class PromptDataModule(NamedSettings, LightningDataModule):
             (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         )
         rows = list(range(len(self.examples["validation"])))[: self.validation_prompts]
-        rows = rows[rank::world_size]
-        return self._loader(
-            self.examples["validation"], sampler=rows, batch_size=self._validation_batch_size
-        )
+        options: dict[str, Any] = {
+            "sampler": rows[rank::world_size],
+            "batch_size": self._validation_batch_size,
+        }
+        if getattr(self.trainer and self.trainer.strategy, "keeps_step", False):
+            if len(rows) < world_size:
+                raise UserError(
+                    f"data.validation_prompts must be at least {world_size} with the strategy "
+                    f"fsdp2, one for each device; got {len(rows)}: take more, or fewer devices"
+                )
+            size = self._validation_batch_size
+            shares = even_batches(len(rows), size, rank=rank, world_size=world_size)
+            options = {"batch_sampler": shares}
+        return self._loader(self.examples["validation"], **options)
 
     def _loader(self, examples: list[Example], **options: Any) -> DataLoader:
         return DataLoader(

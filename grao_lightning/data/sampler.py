@@ -6,6 +6,24 @@ import numpy as np
 from torch.utils.data import Sampler
 
 
+def even_batches(num_rows: int, batch_size: int, *, rank: int, world_size: int) -> list[list[int]]:
+    """Return one rank's batches of the rows 0, 1, ..., as many as every other rank has.
+
+    >>> [even_batches(5, 2, rank=rank, world_size=2) for rank in (0, 1)]
+    [[[0, 2], [4]], [[1], [3]]]
+
+    Args:
+        num_rows: Rows of all ranks, at least one for each.
+        batch_size: Most rows of a batch; one more where a rank could not fill as many batches.
+        rank: This process.
+        world_size: Number of processes.
+    """
+    assert num_rows >= world_size
+    least, most = num_rows // world_size, -(-num_rows // world_size)
+    number = min(least, -(-most // batch_size))
+    return [part.tolist() for part in np.array_split(range(num_rows)[rank::world_size], number)]
+
+
 class StepBatchSampler(Sampler[list[int]]):
     """Endless batches of one rank, addressed by step: the data set is shuffled anew every pass.
 

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from grao_lightning.language_model.sharded import shards_of
+
 Found = TypeVar("Found")
 
 
@@ -37,7 +39,23 @@ def inside(model: Any, function: Callable[[Any], Found]) -> Found:
     """
     if isinstance(model, FrozenModel):
         return model.inside(function)
-    return function(model)
+    shards = shards_of(model)
+    return function(model) if shards is None else shards.inside(lambda: function(model))
+
+
+def gathered(model: Any, function: Callable[[Any], Found]) -> Found:
+    """Return what a function of a model gives that needs all weights at hand, without gradients.
+
+    Where weights are dealt out over ranks, each holds the whole model meanwhile.
+
+    Args:
+        model: A Hugging Face model, or a `FrozenModel`.
+        function: Is handed the Hugging Face model; the ranks' passes may differ in number.
+    """
+    shards = shards_of(bare(model))
+    if shards is None:
+        return inside(model, function)
+    return shards.gathered(lambda: inside(model, function))
 
 
 def bare(model: Any) -> Any:

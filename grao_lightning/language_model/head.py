@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from grao_lightning.language_model.sharded import device_of, is_sharded_part, shards_of
 from grao_lightning.language_model.trial import all_agree, at_rest, decoder_of
 
 log = logging.getLogger(__name__)
@@ -272,7 +273,9 @@ def _not_plain(model: Any) -> str | None:
     if projection is None:
         return "it has no output embeddings"
     ours = isinstance(projection, nn.Linear) and type(projection).forward is nn.Linear.forward
-    hooked = projection._forward_hooks or projection._forward_pre_hooks
+    # A sharded part has one of each, which gathers it.
+    own = 1 if is_sharded_part(projection) else 0
+    hooked = max(len(projection._forward_hooks), len(projection._forward_pre_hooks)) > own
     if not ours or hooked or "forward" in vars(projection):
         kind = f"{type(projection).__module__}.{type(projection).__qualname__}"
         return f"its last module is a {kind}" + (" with hooks" if ours else ", no plain Linear")
@@ -304,7 +307,7 @@ def _try_head(model: Any) -> tuple[str | None, tuple[float, float | None]]:
     """
     try:
         with at_rest(model):
-            ids = torch.arange(4, device=next(model.parameters()).device)[None]
+            ids = torch.arange(4, device=device_of(model))[None]
             ids = ids % model.get_input_embeddings().weight.shape[0]
             decoder = decoder_of(model)
             own = decoder(input_ids=ids, use_cache=False).last_hidden_state
@@ -313,9 +316,10 @@ def _try_head(model: Any) -> tuple[str | None, tuple[float, float | None]]:
             drawn = torch.randn(own.shape, generator=generator).to(own.device) * sizes
             with _replaced(decoder, drawn.to(own.dtype)) as states:
                 replaced = model(input_ids=ids, use_cache=False).logits[0]
+                calls = len(states)
                 learned = _learned_outside(model, decoder, ids)
             expected = model(input_ids=ids, use_cache=False).logits[0]
-            if len(states) != 2:
+            if calls != 1:
                 return "it does not call its decoder once", (1.0, None)
             if learned:
                 return f"{learned} takes part", (1.0, None)
@@ -355,13 +359,17 @@ def _learned_outside(model: Any, decoder: Any, ids: Tensor) -> str | None:
     """
     inside = {id(part) for part in [*decoder.parameters(), *_projection(model)]}
     outside = {name: p for name, p in model.named_parameters() if id(p) not in inside}
+    if not outside:
+        return None
+    if shards_of(model) is not None:  # a trial needs a gradient, which all ranks would exchange
+        return next(iter(outside))
     frozen = [part for part in outside.values() if not part.requires_grad]
     for part in frozen:
         part.requires_grad_(True)
     try:
         with torch.enable_grad():
             total = model(input_ids=ids, use_cache=False).logits.sum()
-        if not outside or not total.requires_grad:
+        if not total.requires_grad:
             return None
         gradients = torch.autograd.grad(total, list(outside.values()), allow_unused=True)
         return next((n for n, g in zip(outside, gradients, strict=True) if g is not None), None)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grao_lightning.faults import UserError
+from grao_lightning.language_model.sharded import Sharding, own_shards
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -101,12 +102,13 @@ def first_mismatch(error: RuntimeError) -> str:
     return next((line for line in lines[1:] if line), lines[0])
 
 
-def load_model(setting: str, source: str, **options: Any) -> Any:
+def load_model(setting: str, source: str, sharding: Sharding | None = None, **options: Any) -> Any:
     """Return a Hugging Face causal language model in float32.
 
     Args:
         setting: Name of the setting, for messages.
         source: Hub name, folder, ``.gguf`` file or ``embedded:keywords``.
+        sharding: How the weights are dealt out over ranks, in a precision of its own; None: not.
         options: For ``from_pretrained``.
 
     Raises:
@@ -116,15 +118,21 @@ def load_model(setting: str, source: str, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     options.setdefault("dtype", torch.float32)
-    return _plain(source, _load(setting, source, AutoModelForCausalLM, **options))
+    if sharding is not None:
+        options |= sharding.options()
+    model = _plain(source, _load(setting, source, AutoModelForCausalLM, **options))
+    return model if sharding is None else own_shards(model, sharding)
 
 
-def load_classifier(setting: str, source: str, **options: Any) -> tuple[Any, list[str]]:
+def load_classifier(
+    setting: str, source: str, sharding: Sharding | None = None, **options: Any
+) -> tuple[Any, list[str]]:
     """Return a Hugging Face sequence classification model in float32, and what it had to make up.
 
     Args:
         setting: Name of the setting, for messages.
         source: Hub name, folder, ``.gguf`` file or ``embedded:keywords``.
+        sharding: How the weights are dealt out over ranks, in a precision of its own; None: not.
         options: For ``from_pretrained``, such as ``num_labels``.
 
     Returns:
@@ -138,6 +146,8 @@ def load_classifier(setting: str, source: str, **options: Any) -> tuple[Any, lis
     from transformers import AutoModelForSequenceClassification
 
     options.setdefault("dtype", torch.float32)
+    if sharding is not None:
+        options |= sharding.options()
     # What is missing is returned: the report on it would be noise where a head is to be trained.
     reporter = logging.getLogger("transformers.modeling_utils")
     level = reporter.level
@@ -148,7 +158,10 @@ def load_classifier(setting: str, source: str, **options: Any) -> tuple[Any, lis
         )
     finally:
         reporter.setLevel(level)
-    return _plain(source, model), sorted(report["missing_keys"])
+    model = _plain(source, model)
+    if sharding is not None:
+        own_shards(model, sharding)
+    return model, sorted(report["missing_keys"])
 
 
 def _plain(source: str, model: Any) -> Any:

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from grao_lightning.batch import TokenRow
 from grao_lightning.language_model.frozen import bare, inside
-from grao_lightning.language_model.head import Weigh, head_loss, head_of
+from grao_lightning.language_model.head import Weigh, head_loss, head_obstacle, head_of
 from grao_lightning.language_model.packing import riders, split_into_packs
 from grao_lightning.language_model.positions import check_length
+from grao_lightning.language_model.sharded import device_of, passes_over_ranks
 from grao_lightning.language_model.sharing import padding_is_exact, shares_prompts
 from grao_lightning.language_model.states import (
     Way,
@@ -25,6 +26,8 @@ from grao_lightning.language_model.states import (
     logits_reader,
 )
 from grao_lightning.language_model.trial import decoder_of
+
+_FILLER = TokenRow([0], [0])
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,8 @@ def token_logprobs(
 
     Args:
         model: A Hugging Face causal language model, or a `FrozenModel`.
-        rows: R prompts with their answers; no answer may be empty.
+        rows: R prompts with their answers; no answer may be empty. No rows: a pass that changes
+            nothing, for ranks that must make as many as others (`evened_out`).
         temperature: Divides the logits; 1 is the policy itself.
         weigh: (slice of [K], their log-probabilities) -> weight of each token in the loss.
         weigh_rows: Whether a token's weight depends on other tokens: ``weigh`` is then called once,
@@ -90,17 +94,21 @@ def token_logprobs(
 def _token_logprobs(
     model: Any, rows: Sequence[TokenRow], temperature: float, weigh: Weigh | None, weigh_rows: bool
 ) -> TokenLogprobs:
-    device = next(model.parameters()).device
+    if not rows:
+        return _of_no_rows(model, temperature)
+    device = device_of(model)
     lengths = torch.tensor([len(row.answer_ids) for row in rows], device=device)
     row = torch.arange(len(rows), device=device).repeat_interleave(lengths)
     targets = torch.tensor([token for row in rows for token in row.answer_ids], device=device)
-    head = head_of(model)
-    read = logits_reader(model) if head is None else decoder_reader(decoder_of(model))
+    knows_head = head_obstacle(model) is None
+    read = decoder_reader(decoder_of(model)) if knows_head else logits_reader(model)
     way: Way = "packed" if _packs(model) else "padded"
     if way == "padded" and not padding_is_exact(model, read):
         way = "one by one"
     check_length(model, max(map(len, rows)))
     states = answer_states(model, rows, way, read)
+    # Only now: a sharded head's weight is at hand once the decoder has run.
+    head = head_of(model) if knows_head else None
     if head is None:
         loss, flat, entropy = _full_loss(states, targets, temperature, weigh)
         return TokenLogprobs(loss, flat, entropy, row, lengths, None)
@@ -113,6 +121,15 @@ def _token_logprobs(
     else:
         loss, flat, entropy = head_loss(states, head, targets, temperature, weigh)
     return TokenLogprobs(loss, flat, entropy, row, lengths, states)
+
+
+def _of_no_rows(model: Any, temperature: float) -> TokenLogprobs:
+    """Return the log-probabilities of no tokens after a pass like any other, its gradient 0."""
+    weigh: Weigh | None = (lambda _, flat: flat * 0.0) if torch.is_grad_enabled() else None
+    computed = _token_logprobs(model, [_FILLER], temperature, weigh, False)
+    states = None if computed.states is None else computed.states[:0]
+    flat, entropy, none = computed.flat[:0], computed.entropy[:0], computed.row[:0]
+    return TokenLogprobs(computed.loss, flat, entropy, none, none, states)
 
 
 def frozen_logprobs(
@@ -138,17 +155,43 @@ def frozen_passes(
 ) -> Iterator[tuple[list[int], TokenLogprobs]]:
     """Yield row numbers and what the model says of these rows, without gradients.
 
+    Ranks that share the model's weights yield equally often, some of them no rows.
+
     Args:
         model: A Hugging Face causal language model, or a `FrozenModel`.
         rows: R prompts with their answers.
         budget: Most tokens of a micro-batch.
         temperature: Divides the logits.
     """
-    for micro_batch in split_by_tokens(model, rows, [False] * len(rows), budget):
+    micro_batches = split_by_tokens(model, rows, [False] * len(rows), budget)
+    (most,) = passes_over_ranks(bare(model), len(micro_batches))
+    micro_batches += [MicroBatch([], False)] * (most - len(micro_batches))
+    for micro_batch in micro_batches:
         chosen = [rows[number] for number in micro_batch.numbers]
         with torch.no_grad():
             computed = token_logprobs(model, chosen, temperature=temperature)
         yield micro_batch.numbers, computed
+
+
+def evened_out(model: Any, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+    """Return micro-batches with some of no rows added, at least one of all with a gradient.
+
+    Ranks that share the model's weights then make the same passes, and ranks without a signal meet
+    the others where gradients are exchanged.
+
+    Args:
+        model: That is trained.
+        micro_batches: Those without gradients first.
+    """
+    without = [part for part in micro_batches if not part.needs_gradient]
+    within = [part for part in micro_batches if part.needs_gradient]
+    most, most_within = passes_over_ranks(model, len(without), max(len(within), 1))
+    return [
+        *without,
+        *[MicroBatch([], False)] * (most - len(without)),
+        *within,
+        *[MicroBatch([], True)] * (most_within - len(within)),
+    ]
 
 
 def split_together(
@@ -218,7 +261,7 @@ def split_padded(rows: Sequence[TokenRow], numbers: Sequence[int], budget: int) 
 
 def _packs(model: Any) -> bool:
     hugging_face = bare(model)
-    return shares_prompts(hugging_face) and head_of(hugging_face) is not None
+    return shares_prompts(hugging_face) and head_obstacle(hugging_face) is None
 
 
 def _packed_size(rows: Sequence[TokenRow]) -> int:

@@ -20,12 +20,16 @@ import torch
 from torch import Tensor
 
 from grao_lightning.batch import TokenRow
+from grao_lightning.language_model.frozen import inside
 from grao_lightning.language_model.logprobs import at_least_float32, split_padded
 from grao_lightning.language_model.packing import split_into_packs
 from grao_lightning.language_model.positions import check_length, first_position
+from grao_lightning.language_model.sharded import device_of, passes_over_ranks
 from grao_lightning.language_model.sharing import shares_prompts
 from grao_lightning.language_model.states import Way, answer_states, decoder_reader
+from grao_lightning.language_model.trial import computes_in
 
+_FILLER = TokenRow([0], [0])
 Reading = Literal["last token", "masked", "one by one"]
 
 
@@ -34,14 +38,21 @@ def row_scores(model: Any, rows: Sequence[TokenRow]) -> Tensor:
 
     Args:
         model: A Hugging Face sequence classification model.
-        rows: R prompts with their answers; no answer may be empty.
+        rows: R prompts with their answers; no answer may be empty. No rows: a pass that changes
+            nothing, for ranks that must make as many as others.
     """
+    return inside(model, lambda model: _row_scores(model, rows or [_FILLER])[: len(rows)])
+
+
+def _row_scores(model: Any, rows: Sequence[TokenRow]) -> Tensor:
     reading = reading_of(model)
     if reading == "last token":
         return at_least_float32(model.score(_last_states(model, rows)))
     if reading == "masked":
         return at_least_float32(model(**_masked_inputs(model, rows)).logits)
-    return torch.cat([_alone(model, row) for row in rows])
+    (most,) = passes_over_ranks(model, len(rows))
+    passes = [*rows, *[_FILLER] * (most - len(rows))]
+    return torch.cat([_alone(model, row) for row in passes])[: len(rows)]
 
 
 @torch.no_grad()
@@ -120,7 +131,7 @@ def _last_states(model: Any, rows: Sequence[TokenRow]) -> Tensor:
 
 
 def _masked_inputs(model: Any, rows: Sequence[TokenRow]) -> dict[str, Tensor]:
-    device = next(model.parameters()).device
+    device = device_of(model)
     width = max(map(len, rows))
     pad = model.config.get_text_config().pad_token_id or 0
     inputs = {
@@ -141,9 +152,7 @@ def _alone(model: Any, row: TokenRow) -> Tensor:
     own = config.pad_token_id
     config.pad_token_id = None  # else the last token would not count where it is this one
     try:
-        ids = torch.tensor(
-            [row.prompt_ids + row.answer_ids], device=next(model.parameters()).device
-        )
+        ids = torch.tensor([row.prompt_ids + row.answer_ids], device=device_of(model))
         return at_least_float32(model(input_ids=ids).logits)
     finally:
         config.pad_token_id = own
@@ -155,11 +164,13 @@ def _scores_last_token(model: Any) -> bool:
     was_training = model.training
     model.eval()
     try:
-        device = next(model.parameters()).device
+        device = device_of(model)
         expected = _alone(model, TokenRow([1, 2], [3, 4]))
         longer = torch.tensor([[1, 2, 3, 4, 5, 6]], device=device)
         states = model.base_model(input_ids=longer, use_cache=False).last_hidden_state
-        return _agree(at_least_float32(model.score(states[:, 3])), expected, model.dtype)
+        return _agree(
+            at_least_float32(model.score(states[:, 3])), expected, computes_in(model, states)
+        )
     except (AttributeError, TypeError, RuntimeError, ValueError):
         return False
     finally:
@@ -175,7 +186,7 @@ def _heeds_mask(model: Any) -> bool:
     try:
         together = model(**_masked_inputs(model, rows)).logits
         alone = [model(**_masked_inputs(model, [row])).logits for row in rows]
-        return _agree(together, torch.cat(alone), model.dtype)
+        return _agree(together, torch.cat(alone), computes_in(model, together))
     except (TypeError, RuntimeError, ValueError):
         return False
     finally:

@@ -13,8 +13,16 @@ from grao_lightning.batch import TokenRow
 from grao_lightning.language_model.attention import SHARED, Call, register, watched
 from grao_lightning.language_model.head import head_obstacle
 from grao_lightning.language_model.positions import counts_positions_itself
+from grao_lightning.language_model.sharded import device_of
 from grao_lightning.language_model.states import Read, answer_states, decoder_reader
-from grao_lightning.language_model.trial import agree, all_agree, at_rest, decoder_of, trial_rows
+from grao_lightning.language_model.trial import (
+    agree,
+    all_agree,
+    at_rest,
+    computes_in,
+    decoder_of,
+    trial_rows,
+)
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +134,8 @@ def _padding_fault(model: Any, read: Read) -> str | None:
         with at_rest(model):
             rows = trial_rows(model)
             alone = answer_states(model, rows, "one by one", read)
-            if agree(answer_states(model, rows, "padded", read), alone, rows, model.dtype):
+            together = answer_states(model, rows, "padded", read)
+            if agree(together, alone, rows, computes_in(model, alone)):
                 return None
     except Exception as error:
         return f"it takes no padded ones ({_told(error)})"
@@ -168,7 +177,7 @@ def tell_dropout(model: Any) -> None:
 
 def _is_noisy(model: Any) -> bool:
     """Return whether a model's logits are others in training mode."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     ids = torch.arange(16, device=device)[None] % model.get_input_embeddings().weight.shape[0]
     with (
         suppress(Exception),  # what fails here fails in the first step
@@ -178,7 +187,8 @@ def _is_noisy(model: Any) -> bool:
         own = model(input_ids=ids, use_cache=False).logits[0]
         for part in model.modules():
             part.training = True
-        return not all_agree(model(input_ids=ids, use_cache=False).logits[0], own, model.dtype)
+        noisy = model(input_ids=ids, use_cache=False).logits[0]
+        return not all_agree(noisy, own, computes_in(model, own))
     return False
 
 
@@ -254,7 +264,7 @@ def _fault(model: Any, read: Read, rows: list[TokenRow], alone: Tensor) -> str |
     with watched() as calls:
         together = answer_states(model, rows, "packed", read)
     reason = handed_wrongly(model, calls)
-    if reason is None and not agree(together, alone, rows, model.dtype):
+    if reason is None and not agree(together, alone, rows, computes_in(model, alone)):
         reason = "its states differ from those of single rows"
     return reason or _narrows_or_drops(model, read, calls)
 
@@ -280,7 +290,7 @@ def handed_wrongly(model: Any, calls: list[Call]) -> str | None:
 
 def narrows(model: Any) -> bool:
     """Return whether layers attend in a window of any size, by a pass through our attention."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     ids = torch.arange(4, device=device)[None] % model.get_input_embeddings().weight.shape[0]
     with at_rest(model), watched() as calls:
         decoder_of(model)(input_ids=ids, use_cache=False)
@@ -290,7 +300,7 @@ def narrows(model: Any) -> bool:
 def _narrows_or_drops(model: Any, read: Read, calls: list[Call]) -> str | None:
     """Return whether layers attend in a window of any size, or drop out in training."""
     modules = {id(call.module): call.module for call in calls}.values()
-    device = next(model.parameters()).device
+    device = device_of(model)
     ids = torch.arange(4, device=device)[None] % model.get_input_embeddings().weight.shape[0]
     with torch.random.fork_rng([device] if device.type == "cuda" else []), watched() as calls:
         for module in modules:

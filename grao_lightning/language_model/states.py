@@ -20,6 +20,7 @@ from grao_lightning.language_model.positions import (
     chooses_frequencies,
     forget_frequencies,
 )
+from grao_lightning.language_model.sharded import device_of, passes_over_ranks
 
 Way = Literal["packed", "padded", "one by one"]
 #: (input_ids [N, T], more keywords of the forward pass) -> states [N, T, H], or logits
@@ -69,7 +70,11 @@ def answer_states(
     passes = by_frequencies(model, lengths)
     if way == "one by one":
         passes = [[number] for number in range(len(rows))]
-    device = next(model.parameters()).device
+    device = device_of(model)
+    more = 0
+    if way == "one by one" or chooses_frequencies(model):
+        (most,) = passes_over_ranks(model, len(passes))
+        more = most - len(passes)
     pieces: list[Tensor] = [torch.empty(0)] * len(rows)
     for numbers in passes:
         chosen = [rows[number] for number in numbers]
@@ -79,11 +84,15 @@ def answer_states(
             states = _packed(read, pack_rows(chosen, longest_whole=whole), device)
         else:
             states = _padded(read, chosen, last_is_read, device)
-        if len(passes) == 1:
+        if len(passes) == 1 and not more:
             return states
         parts = states.split([len(row.answer_ids) for row in chosen])
         for number, part in zip(numbers, parts, strict=True):
             pieces[number] = part
+    for _ in range(more):  # as other ranks do; of no effect, but with a backward pass
+        forget_frequencies(model)
+        unread = read(torch.zeros(1, 1, dtype=torch.long, device=device))
+        pieces[0] = pieces[0] + unread.flatten()[:0].sum()
     return torch.cat(pieces)
 
 

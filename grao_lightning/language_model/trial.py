@@ -10,6 +10,7 @@ from torch import Tensor
 
 from grao_lightning.batch import TokenIds, TokenRow
 from grao_lightning.language_model.positions import most_positions
+from grao_lightning.language_model.sharded import device_of
 
 #: Windows, chunks and the like up to this size are outrun by the rows of a trial.
 _SHORT = 64
@@ -20,7 +21,7 @@ _REACH = re.compile("window|chunk|block|topk|top_k|local|span|original_max|max_p
 def at_rest(model: Any) -> Iterator[None]:
     """Switch off gradients, dropout and autocast, and leave every module in its own mode."""
     modes = [(part, part.training) for part in model.modules()]
-    device = next(model.parameters()).device.type
+    device = device_of(model).type
     model.eval()
     try:
         with torch.no_grad(), torch.autocast(device, enabled=False):
@@ -63,6 +64,15 @@ def trial_rows(model: Any) -> list[TokenRow]:
         for place in range(0, length, 3):
             prompt[place] = padding
     return [TokenRow(prompt, ids(12)), TokenRow(ids(3), ids(8)), TokenRow(prompt, ids(6))]
+
+
+def computes_in(model: Any, found: Tensor) -> torch.dtype:
+    """Return the precision in which a model computed something, which is not always its weights'.
+
+    Weights may be kept in float32 and computed with in less, and the other way round.
+    """
+    kept: torch.dtype = model.dtype
+    return min(kept, found.dtype, key=lambda dtype: dtype.itemsize)
 
 
 def agree(found: Tensor, expected: Tensor, rows: Sequence[TokenRow], dtype: torch.dtype) -> bool:

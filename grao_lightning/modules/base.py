@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 from grao_lightning.batch import PromptBatch, TokenRow
 from grao_lightning.callbacks.scoring import GroupScoring
 from grao_lightning.faults import Faults
-from grao_lightning.language_model.frozen import FrozenModel, bare
+from grao_lightning.language_model.frozen import FrozenModel, bare, inside
 from grao_lightning.language_model.head import Weigh
 from grao_lightning.language_model.loading import (
     ModelSource,
@@ -24,6 +24,7 @@ from grao_lightning.language_model.loading import (
 from grao_lightning.language_model.logprobs import (
     MicroBatch,
     TokenLogprobs,
+    evened_out,
     split_by_tokens,
     token_logprobs,
 )
@@ -172,7 +173,11 @@ class AlignmentModule(StepModule):
         self.own_tokenizer()
         self.policy = self._loaded("policy")
         self.check_vocabulary()
-        if self.reference_model_source == "policy":
+        if self.reference_model_source == "policy" and self.sharding is not None:
+            copied = self._loaded("policy", tell=False)  # parts on several ranks cannot be copied
+            decide_alike(self.policy, copied)
+            self.reference_model = FrozenModel(copied)
+        elif self.reference_model_source == "policy":
             copied = deepcopy(self.policy)
             decide_alike(self.policy, copied)
             self.reference_model = FrozenModel(copied)
@@ -183,23 +188,30 @@ class AlignmentModule(StepModule):
         if not all(isinstance(source, str | None) for source in self._sources.values()):
             self._fingerprint = fingerprint(bare(self.reference_model or self.policy))
 
-    def _loaded(self, name: str) -> Any:
+    def _loaded(self, name: str, *, tell: bool = True) -> Any:
         """Return the model of a setting, with the attention asked for."""
         source, asked = self._sources[name], self.attn_implementation
         if isinstance(source, str):
             options = {"attn_implementation": asked} if asked else {}
-            model = load_model(f"model.{name}", source, **options)
+            model = load_model(f"model.{name}", source, self.sharding, **options)
         else:
             model = source
             if asked or shares_prompts(model):  # as an earlier module left it
                 model.set_attn_implementation(asked or "sdpa")
         silence_router_losses(model)
-        if name == "policy":
+        with torch.no_grad():
+            inside(model, lambda model: self._try_out(model, tell=tell and name == "policy"))
+        return model
+
+    def _try_out(self, model: Any, *, tell: bool) -> None:
+        """Find by trial how a model can be read."""
+        if tell:
             tell_dropout(model)
         # An attention that was asked for stays: sharing prompts would replace it.
-        if self.share_prompts and asked is None:
+        if self.share_prompts and self.attn_implementation is None:
             share_prompts(model)
-        return model
+        if self.sharding is not None:  # in the midst of a pass ranks could not try it
+            token_logprobs(model, [])
 
     def _apply(self, fn: Any, recurse: bool = True) -> "AlignmentModule":
         """Move and cast the reference model along, which is no part of the module tree."""
@@ -258,26 +270,25 @@ class AlignmentModule(StepModule):
             micro_batches: Each row in one of them.
             weigh_for: Gives the weights of a micro-batch's tokens, treated as constants.
             weigh_rows: Whether a token's weight depends on other tokens of the micro-batch.
-            beside: Further loss on a micro-batch, such as the value's.
+            beside: Further loss on a micro-batch, such as the value's; also on one without rows.
         """
         collected = RowLogprobs(len(rows))
+        micro_batches = evened_out(self.policy, micro_batches)
         for at, micro_batch in enumerate(micro_batches, start=1):
             numbers = micro_batch.numbers
+            weighs = micro_batch.needs_gradient and numbers
             with torch.set_grad_enabled(micro_batch.needs_gradient):
                 computed = token_logprobs(
                     self.policy,
                     [rows[number] for number in numbers],
                     temperature=self.logprob_temperature,
-                    weigh=weigh_for(numbers) if micro_batch.needs_gradient else None,
+                    weigh=weigh_for(numbers) if weighs else None,
                     weigh_rows=weigh_rows,
                 )
             collected.add(numbers, computed)
             if micro_batch.needs_gradient:
                 loss = computed.loss + (0.0 if beside is None else beside(numbers, computed))
                 self.backward_part(loss, is_last=at == len(micro_batches))
-        if not any(part.needs_gradient for part in micro_batches):
-            # Ranks must meet in the same collectives, signal or not.
-            self.backward_part(sum(p.sum() * 0.0 for p in self._trained()), is_last=True)
         return collected
 
     def _weigh(

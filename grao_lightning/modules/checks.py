@@ -13,6 +13,7 @@ from grao_lightning.callbacks.sampling import GroupSampling
 from grao_lightning.callbacks.scoring import GroupScoring
 from grao_lightning.display.vocabulary import figure_of
 from grao_lightning.faults import Faults, UserError
+from grao_lightning.strategies.sharded import ShardedStrategy
 
 _STAGES = (GroupSampling, GroupScoring, ReferenceAwareClipping)
 _MADE = "or make the Trainer with grao_lightning.make_trainer"
@@ -46,6 +47,7 @@ def run_faults(trainer: Trainer, module: Any, data: Any, command: str | None) ->
     faults.add(*_trainer_faults(trainer, command))
     faults.add(*_clipping_faults(trainer, module))
     faults.add(*_precision_faults(trainer, module))
+    faults.add(*_sharding_faults(trainer, module))
     faults.add(*_monitor_faults(trainer, module))
     faults.add(*_last_checkpoint_faults(trainer))
     return faults
@@ -154,11 +156,35 @@ def _trainer_faults(trainer: Trainer, command: str | None) -> Faults:
             "lower model.micro_batch_tokens to save memory"
         )
     strategy = type(trainer.strategy).__name__
-    if "DeepSpeed" in strategy or "FSDP" in strategy or "ModelParallel" in strategy:
+    ours = isinstance(trainer.strategy, ShardedStrategy)
+    if not ours and any(name in strategy for name in ("DeepSpeed", "FSDP", "ModelParallel")):
         faults.add(
-            f"trainer.strategy must keep whole gradients on every device, or their norm is not "
-            f"clipped; got {strategy}: use auto or ddp"
+            "trainer.strategy must be auto, ddp or fsdp2: others deal out weights or gradients in "
+            f"ways that neither clipping nor sampling here knows; got {strategy}: use fsdp2, which "
+            "deals them out too"
         )
+    return faults
+
+
+def _sharding_faults(trainer: Trainer, module: Any) -> Faults:
+    """Return what does not go with weights that are dealt out over devices."""
+    faults = Faults()
+    if not isinstance(trainer.strategy, ShardedStrategy):
+        return faults
+    faults.add(*trainer.strategy.faults())
+    if module.master_weights:
+        faults.add(
+            "model.master_weights must be false with trainer.strategy=fsdp2, whose checkpoints "
+            "would lose them; got true: remove it and set trainer.precision=bf16-mixed, which "
+            "keeps the weights in float32 and computes in bfloat16"
+        )
+    for name, source in module.sources.items():
+        if not isinstance(source, str | None):
+            faults.add(
+                f"model.{name} must be a name, folder or file with trainer.strategy=fsdp2, so that "
+                f"every device reads its part alone; got a {type(source).__name__} that is whole: "
+                "save it with save_pretrained(folder) and give the folder"
+            )
     return faults
 
 

@@ -8,8 +8,10 @@ from typing_extensions import Unpack
 
 from grao_lightning.batch import PromptBatch, TokenRow
 from grao_lightning.faults import Faults
+from grao_lightning.language_model.frozen import bare
 from grao_lightning.language_model.head import Weigh, weigh_by_gradient
 from grao_lightning.language_model.logprobs import frozen_logprobs, split_together
+from grao_lightning.language_model.sharded import passes_over_ranks
 from grao_lightning.metrics.outcomes import MeanWithInterval, ShareWithInterval
 from grao_lightning.modules.base import AlignmentModule, AlignmentSettings
 from grao_lightning.modules.checks import check_pairs
@@ -123,17 +125,26 @@ class DPOModule(AlignmentModule):
         Every pair is read by itself, so that the figure does not depend on the batch it is first
         met in, and a resumed run equals an uninterrupted one.
         """
-        for number, index in enumerate(batch.indices):
-            if index not in self._frozen_sums:
-                chosen, rejected = frozen_logprobs(
-                    self.reference_model,
-                    [rows[number], rows[len(batch) + number]],
-                    self.micro_batch_tokens,
-                    temperature=self.logprob_temperature,
-                )
-                self._frozen_sums[index] = (chosen.sum().item(), rejected.sum().item())
+        unread = {
+            index: [rows[number], rows[len(batch) + number]]
+            for number, index in enumerate(batch.indices)
+            if index not in self._frozen_sums
+        }
+        (most,) = passes_over_ranks(bare(self.reference_model), len(unread))
+        pairs = [*unread.values(), *[[]] * (most - len(unread))]
+        found = [self._frozen_logprobs(pair) for pair in pairs]
+        for index, (chosen, rejected) in zip(unread, found, strict=False):
+            self._frozen_sums[index] = (chosen.sum().item(), rejected.sum().item())
         sums = [self._frozen_sums[index] for index in batch.indices]
         return torch.tensor(sums, dtype=torch.double).t().flatten()
+
+    def _frozen_logprobs(self, rows: list[TokenRow]) -> list[Tensor]:
+        return frozen_logprobs(
+            self.reference_model,
+            rows,
+            self.micro_batch_tokens,
+            temperature=self.logprob_temperature,
+        )
 
     # -- validation --------------------------------------------------------------------------------
 

@@ -11,8 +11,9 @@ from typing_extensions import Unpack
 
 from grao_lightning.batch import PromptBatch, TokenRow
 from grao_lightning.faults import Faults, UserError
-from grao_lightning.language_model.head import head_of
+from grao_lightning.language_model.head import head_obstacle
 from grao_lightning.language_model.logprobs import TokenLogprobs, at_least_float32, frozen_passes
+from grao_lightning.language_model.sharded import shards_of
 from grao_lightning.modules.rollout import CLIPPED, RolloutModule, RolloutSettings, Tokens
 from grao_lightning.modules.step import Charts
 from grao_lightning.objectives.ppo import (
@@ -112,7 +113,7 @@ class PPOModule(RolloutModule):
             return
         super().configure_model()
         policy: Any = self.policy
-        if head_of(policy) is None:
+        if head_obstacle(policy) is not None:
             raise UserError(
                 f"model.policy: {type(policy).__name__} turns states into logits in an unknown "
                 "way, and PPO's value head needs the states; use another method or policy"
@@ -120,6 +121,9 @@ class PPOModule(RolloutModule):
         self.value_head = nn.Linear(policy.config.get_text_config().hidden_size, 1)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
+        shards = shards_of(policy)
+        if shards is not None:
+            shards.shard_beside(self.value_head)
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Take the updates on a sampled and scored batch."""
@@ -135,11 +139,11 @@ class PPOModule(RolloutModule):
 
         def value_loss(numbers: list[int], computed: TokenLogprobs) -> Tensor:
             def of(values: list[Tensor]) -> Tensor:
-                return torch.cat([values[number] for number in numbers])
+                return torch.cat([computed.flat[:0], *[values[number] for number in numbers]])
 
             loss = clipped_value_loss(
                 self._values(computed), of(rollout.values), of(rollout.returns), self.value_clip
-            ).where(of(counts), 0.0)
+            ).where(of(counts).bool(), 0.0)
             batch.statistics.mean("value/loss", loss)
             return self.value_weight * loss.sum() / rollout.num_tokens
 

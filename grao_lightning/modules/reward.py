@@ -9,13 +9,14 @@ from typing_extensions import Unpack
 
 from grao_lightning.batch import PromptBatch, TokenRow
 from grao_lightning.faults import Faults, UserError
+from grao_lightning.language_model.frozen import inside
 from grao_lightning.language_model.loading import (
     ModelSource,
     load_classifier,
     model_fault,
     source_name,
 )
-from grao_lightning.language_model.logprobs import split_together
+from grao_lightning.language_model.logprobs import MicroBatch, evened_out, split_together
 from grao_lightning.language_model.scores import (
     fitted,
     most_tokens,
@@ -142,16 +143,21 @@ class RewardModule(StepModule):
         self.own_tokenizer()
         self.reward_model = self._loaded()
         self.check_vocabulary()
-        reading = reading_of(self.reward_model)
-        # An attention that was asked for stays: sharing prompts would replace it.
-        if reading == "last token" and self.share_prompts and self.attn_implementation is None:
-            share_prompts(self.reward_model, gives_tokens=False)
+        with torch.no_grad():
+            inside(self.reward_model, self._try_out)
         if not self.dropout:
             for part in self.reward_model.modules():
                 if isinstance(part, torch.nn.Dropout):
                     part.p = 0.0
         if self.gradient_checkpointing:
             self.reward_model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def _try_out(self, model: Any) -> None:
+        """Find by trial how the model can be read."""
+        # An attention that was asked for stays: sharing prompts would replace it.
+        asked = self.attn_implementation is not None
+        if reading_of(model) == "last token" and self.share_prompts and not asked:
+            share_prompts(model, gives_tokens=False)
 
     def _loaded(self) -> Any:
         """Return the model, with the attention asked for."""
@@ -165,7 +171,7 @@ class RewardModule(StepModule):
             options["attn_implementation"] = asked
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run_seed())  # of the new head, on every rank and in every run
-            return load_classifier("model.backbone", source, **options)[0]
+            return load_classifier("model.backbone", source, self.sharding, **options)[0]
 
     def on_fit_start(self) -> None:
         """Put the model in training mode, and say what has no effect."""
@@ -190,7 +196,8 @@ class RewardModule(StepModule):
         if self.dropout:  # a function of seed, step and rank, so that a resumed run goes on alike
             seeds = (run_seed(), self.trainer.global_step, self.global_rank)
             torch.manual_seed(hash(seeds) % 2**63)
-        micro_batches = self._micro_batches(rows)
+        parts = self._micro_batches(rows)
+        micro_batches = [part.numbers for part in evened_out(self.reward_model, parts)]
         scores = torch.empty(len(rows), dtype=torch.double)
         for at, numbers in enumerate(micro_batches, start=1):
             computed = row_scores(self.reward_model, [rows[number] for number in numbers])[:, 0]
@@ -198,21 +205,18 @@ class RewardModule(StepModule):
             loss = bradley_terry_loss(computed[0::2], computed[1::2], self.settings, own)
             self.backward_part(loss.sum() / total, is_last=at == len(micro_batches))
             scores[numbers] = computed.detach().double().cpu()
-        if not micro_batches:  # ranks must meet in the same collectives
-            self.backward_part(sum(p.sum() * 0.0 for p in self._trained()), is_last=True)
         self._note(batch, scores, margins)
         self.finish_step(batch)
 
-    def _micro_batches(self, rows: list[TokenRow]) -> list[list[int]]:
-        """Return row numbers by forward pass, a pair's chosen and rejected answer side by side."""
+    def _micro_batches(self, rows: list[TokenRow]) -> list[MicroBatch]:
+        """Return rows by forward pass, a pair's chosen and rejected answer side by side."""
         half = len(rows) // 2
         room = with_room(rows) if shares_prompts(self.reward_model) else rows
         # By falling length: where rows are padded, little is.
         longest = [max(len(rows[number]), len(rows[half + number])) for number in range(half)]
         order = sorted(range(half), key=lambda number: -longest[number])
         units = [(number, half + number) for number in order]
-        parts = split_together(self.reward_model, room, units, self.micro_batch_tokens)
-        return [part.numbers for part in parts]
+        return split_together(self.reward_model, room, units, self.micro_batch_tokens)
 
     def _pairs(self, batch: PromptBatch) -> tuple[list[tuple[TokenRow, TokenRow]], list[int]]:
         """Return the pairs that fit the backbone, chosen answer first, and their numbers."""
@@ -250,7 +254,8 @@ class RewardModule(StepModule):
         """Take in the margins of one batch."""
         rows = self.rows(batch)
         scores = torch.empty(len(rows), dtype=torch.double)
-        for numbers in self._micro_batches(rows):
+        for part in evened_out(self.reward_model, self._micro_batches(rows)):
+            numbers = part.numbers
             computed = row_scores(self.reward_model, [rows[number] for number in numbers])[:, 0]
             scores[numbers] = computed.double().cpu()
         lengths = torch.tensor([len(row.answer_ids) for row in rows], dtype=torch.double)

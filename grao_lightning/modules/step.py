@@ -17,6 +17,7 @@ from grao_lightning.language_model.checkpoints import no_optimizer_states
 from grao_lightning.language_model.frozen import FrozenModel
 from grao_lightning.language_model.kept import packed_source
 from grao_lightning.language_model.loading import ModelSource, eos_ids, first_mismatch, source_name
+from grao_lightning.language_model.sharded import Sharding
 from grao_lightning.language_model.tokenizing import (
     TokenizerSource,
     check_vocabulary,
@@ -27,6 +28,7 @@ from grao_lightning.metrics.outcomes import Estimate
 from grao_lightning.modules.checks import check_run
 from grao_lightning.modules.optimizer import MasterWeightsAdamW
 from grao_lightning.modules.settings import show_settings
+from grao_lightning.strategies.sharded import sharding_of
 
 Schedule = Literal["constant", "linear", "cosine"]
 Mode = Literal["min", "max"]
@@ -146,6 +148,11 @@ class StepModule(NamedSettings, LightningModule):
         """Return where the trained model comes from, or the model that was handed over."""
         return next(iter(self._sources.values()))
 
+    @property
+    def sources(self) -> dict[str, ModelSource | None]:
+        """Return the models' settings as they were given, the trained one's first."""
+        return self._sources
+
     def own_tokenizer(self) -> Any:
         """Return the tokenizer, loaded on first use: the data needs it before there is a model.
 
@@ -228,14 +235,22 @@ class StepModule(NamedSettings, LightningModule):
         """Tell all faults together; our data asks for it before it reads anything."""
         check_run(self.trainer, self, getattr(self.trainer, "datamodule", None))
 
+    @property
+    def sharding(self) -> Sharding | None:
+        """Return how the strategy deals out weights over ranks, None where each holds them all."""
+        return sharding_of(self._trainer)
+
     def configure_optimizers(self) -> Any:
         """Return AdamW and its schedule by step."""
         # A fused AdamW unscales by itself, so under a gradient scaler the norm would be clipped too
         # late; there the plain one is used.
         fused = self.trainer.precision != "16-mixed"
         adamw = MasterWeightsAdamW if self.master_weights else torch.optim.AdamW
+        trained = self._trained()
+        sharded = {hasattr(parameter, "device_mesh") for parameter in trained}
+        assert sharded == {self.sharding is not None}, "the optimiser holds parts, or all is whole"
         optimizer = adamw(
-            self._trained(),
+            trained,
             lr=self.learning_rate,
             weight_decay=self.weight_decay,
             betas=(self.betas[0], self.betas[1]),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from grao_lightning.batch import Completions, TokenIds
-from grao_lightning.language_model.frozen import inside
+from grao_lightning.language_model.frozen import gathered
 from grao_lightning.language_model.positions import (
     check_length,
     chooses_frequencies,
@@ -48,7 +48,7 @@ def sample_completions(
     def sampled(model: Any) -> list[TokenIds]:
         return _sampled(model, prompt_ids, uniforms, settings, ended, rows_at_once, progress)
 
-    ids = inside(model, sampled)
+    ids = gathered(model, sampled)
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     return Completions(
         ids=ids,

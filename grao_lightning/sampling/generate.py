@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from grao_lightning.batch import TokenIds
+from grao_lightning.language_model.sharded import device_of
 from grao_lightning.sampling.draw import Draw, Ended, Progress
 
 
@@ -25,7 +26,7 @@ def generate_rows(
     """Complete groups as a `Decoder`; every row reads its own prompt, padded on the left."""
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-    device = next(model.parameters()).device
+    device = device_of(model)
     width = max(len(prompt) for prompt in prompts)
     rows = [prompt for prompt in prompts for _ in range(group_size)]
     padding = [width - len(prompt) for prompt in rows]
@@ -44,6 +45,7 @@ def generate_rows(
         ),
         logits_processor=LogitsProcessorList([recorder.draw]),
         stopping_criteria=StoppingCriteriaList([recorder.finished]),
+        synced_gpus=False,  # sharded weights are gathered, and ranks need not keep step
     )
     return recorder.completions
 

@@ -21,6 +21,7 @@ from grao_lightning.language_model.positions import (
     forget_frequencies,
     frequencies_of,
 )
+from grao_lightning.language_model.sharded import device_of
 from grao_lightning.language_model.sharing import (
     handed_wrongly,
     may_share,
@@ -61,7 +62,7 @@ def way_of(model: Any, fastest: Way = SHARED) -> Way:
     Raises:
         UserError: The model cannot be sampled from in any way.
     """
-    device = next(model.parameters()).device.type
+    device = device_of(model).type
     shares = may_share(model) and head_obstacle(model) is None
     key = (type(model), model.config._attn_implementation, device, shares, fastest.name)
     if not hasattr(model, "_grao_ways"):
@@ -91,14 +92,14 @@ def forget_rows(model: Any, way: Way) -> None:
     """Make a model forget the rows before, as far as it remembers them outside of a cache."""
     forget_frequencies(model)
     if not way.mixes_lengths:  # RecurrentGemma keeps its state in its layers, and there too long
-        one = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+        one = torch.zeros(1, 1, dtype=torch.long, device=device_of(model))
         model(input_ids=one, use_cache=False)
 
 
 @torch.no_grad()
 def _try_ways(model: Any, fastest: Way) -> Way:
     # In full precision where the weights are; a run's autocast would hide a fault as rounding.
-    with torch.autocast(next(model.parameters()).device.type, enabled=False):
+    with torch.autocast(device_of(model).type, enabled=False):
         rows = _rows_of_trial(model)
         reasons = []
         for way in WAYS[WAYS.index(fastest) :]:
@@ -157,7 +158,7 @@ def _rows_of_trial(model: Any) -> _Rows:
 def _logits_by_itself(model: Any, prompt: TokenIds, completion: TokenIds) -> Tensor:
     """Return the logits [T, V] that a completion's tokens are drawn from, read without a cache."""
     forget_frequencies(model)
-    row = torch.tensor([prompt + completion[:-1]], device=next(model.parameters()).device)
+    row = torch.tensor([prompt + completion[:-1]], device=device_of(model))
     logits: Tensor = model(input_ids=row, use_cache=False).logits[0, -len(completion) :]
     return logits.cpu()
 
@@ -167,7 +168,7 @@ def _obstacle(model: Any, way: Way) -> str | None:
     if way == SHARED:
         if not may_share(model):
             return "it was not asked for"
-        if next(model.parameters()).device.type != "cpu":
+        if device_of(model).type != "cpu":
             return "it is for CPU"
         # Training has looked at the rest where it shares prompts.
         return head_obstacle(model) or (None if shares_prompts(model) else obstacle(model))
@@ -191,7 +192,7 @@ def _disagreement(model: Any, way: Way, rows: _Rows) -> str | None:
     except Exception as error:  # a model may fail in many ways, and every one means: not this way
         return f"{type(error).__name__} ({(str(error).strip() or '?').splitlines()[0]})"
     distances = [_distances(own, logits) for own, logits in zip(rows.logits, found, strict=True)]
-    on_cpu = next(model.parameters()).device.type == "cpu"
+    on_cpu = device_of(model).type == "cpu"
     if rows.logits[0].dtype in (torch.float32, torch.double):
         # Elsewhere products may be taken in lower precision (TF32).
         distance, allowed = float(torch.cat(distances).max()), 2e-4 if on_cpu else 1e-2
