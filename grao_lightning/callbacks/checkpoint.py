@@ -14,6 +14,7 @@ from grao_lightning.callbacks import folders, stopping
 from grao_lightning.callbacks.stopping import Stopped
 from grao_lightning.display.vocabulary import figure_of
 from grao_lightning.files import remove
+from grao_lightning.strategies.sharded import ShardedStrategy
 
 log = logging.getLogger(__name__)
 
@@ -226,7 +227,8 @@ class LastCheckpoint(ModelCheckpoint):
             return
         self._cut_off = self._validating
         if not isinstance(exception, Stopped):
-            super().on_exception(trainer, pl_module, exception)
+            if not self._should_save_on_exception(trainer) or _all_can_save(trainer):
+                super().on_exception(trainer, pl_module, exception)
         elif exception.in_order and self._should_save_on_exception(trainer):
             self._save(trainer)
 
@@ -304,6 +306,19 @@ def _asked_of_any(trainer: Trainer) -> int:
         return stopping.asked()
     told = torch.tensor(float(stopping.asked()), device=trainer.strategy.root_device)
     return int(trainer.strategy.reduce(told, reduce_op="max"))
+
+
+def _all_can_save(trainer: Trainer) -> bool:
+    """Return whether all ranks that a checkpoint needs have come to save it."""
+    strategy = trainer.strategy
+    if not isinstance(strategy, ShardedStrategy) or strategy.is_joined(trainer.global_step):
+        return True
+    log.warning(
+        "rank %s failed alone, and no rank can save without the others: the newest checkpoint is "
+        "the one before",
+        trainer.global_rank,
+    )
+    return False
 
 
 def _folder_of(filepath: str) -> Path:
