@@ -69,11 +69,14 @@ def read_checkpoint(setting: str, path: Path, *, optimizer_states: bool = False)
         optimizer_states: Whether those of a folder are read too; a file's are, once they are used.
 
     Raises:
-        UserError: It cannot be read.
+        UserError: It cannot be read, or is a folder that is cut off.
     """
     import torch
     from torch.distributed.checkpoint.api import CheckpointException
 
+    fault = checkpoint_fault(setting, str(path)) if path.is_dir() else None
+    if fault:
+        raise UserError(fault)
     try:
         if path.is_dir():
             return _joined(path, optimizer_states=optimizer_states)

@@ -1,5 +1,6 @@
 """``--trainer.strategy fsdp2``: every device keeps a part of weights, gradients and optimiser."""
 
+import uuid
 from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -57,7 +58,7 @@ class ShardedStrategy(ModelParallelStrategy):
         super().__init__(process_group_backend=process_group_backend, timeout=timeout)
         self.replicas = replicas
         self.cpu_offload = cpu_offload
-        self._aside: Any = None
+        self._store: Any = None
 
     @property
     def sharding(self) -> Sharding:
@@ -96,8 +97,10 @@ class ShardedStrategy(ModelParallelStrategy):
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
         if self.world_size > 1:
-            # What waits in the ranks' common group of a failed step is not met here.
-            self._aside = torch.distributed.new_group(backend="gloo")
+            # No collective operation, which a rank alone could not even be freed from.
+            store = torch.distributed.distributed_c10d._get_default_store()
+            name = self.broadcast(uuid.uuid4().hex)
+            self._store = torch.distributed.PrefixStore(name, store)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
@@ -145,22 +148,27 @@ class ShardedStrategy(ModelParallelStrategy):
         return super().load_checkpoint(path, weights_only)
 
     def is_joined(self, step: int) -> bool:
-        """Return whether all ranks ask this soon, after the same step.
+        """Return whether all ranks ask this soon, after the same step; once a run.
 
         For a rank that has failed: to save, all must meet, and others may be at work still.
 
         Args:
             step: That this rank has taken last.
         """
-        if self._aside is None:
+        if self._store is None:
             return True
+        ranks = [f"rank {rank}" for rank in range(self.world_size)]
         try:
-            torch.distributed.monitored_barrier(self._aside, timeout=_SOON)
-            steps = torch.tensor([step, -step])
-            torch.distributed.all_reduce(steps, torch.distributed.ReduceOp.MAX, self._aside)
-        except RuntimeError:
+            self._store.set(ranks[self.global_rank], str(step))
+            try:
+                self._store.wait(ranks, _SOON)
+                joined = len({self._store.get(rank) for rank in ranks}) == 1
+            except RuntimeError:
+                joined = False
+            # The first to decide decides for all.
+            return bool(self._store.compare_set("joined", "", str(joined)) == b"True")
+        except RuntimeError:  # the store went with the rank that held it
             return False
-        return bool(steps.sum() == 0)
 
     @contextmanager
     def block_backward_sync(self) -> Generator:

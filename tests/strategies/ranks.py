@@ -4,19 +4,23 @@ Arguments: the number of ranks, the folder, and what to do, in JSON: a list of r
 options of `run`.
 """
 
+import contextlib
 import json
 import os
 import signal
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback
 from torch.distributed.checkpoint import FileSystemWriter
 
 from grao_lightning import GRAOModule
 from grao_lightning.callbacks.checkpoint import BestCheckpoint, LastCheckpoint
 from grao_lightning.callbacks.last_step import ValidateLastStep
+from grao_lightning.strategies import sharded
 from tests.runs import fit, stages
 
 EVERY = 2  # steps between checkpoints
@@ -33,6 +37,17 @@ def kill_in_the_next_save() -> None:
     FileSystemWriter.write_data = dies
 
 
+class Fail(Callback):
+    """Raises on some ranks when a step begins."""
+
+    def __init__(self, step: int, ranks: list[int]) -> None:
+        self.step, self.ranks = step, ranks
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.step and trainer.global_rank in self.ranks:
+            raise RuntimeError("out of luck")
+
+
 def run(
     folder: Path,
     name: str,
@@ -41,6 +56,7 @@ def run(
     strategy: str = "fsdp2",
     resume: str | None = None,
     killed_at: int = 0,
+    failing: tuple[int, list[int]] = (0, []),
     max_steps: int = 4,
     best: dict | None = None,
 ) -> Any:
@@ -56,6 +72,7 @@ def run(
         folder / name,
         filename="last",
         every_n_train_steps=EVERY,
+        save_on_exception=True,
         enable_version_counter=False,
         export_every=4,
     )
@@ -64,7 +81,7 @@ def run(
         folder,
         module=GRAOModule(policy="embedded:keywords-weak", learning_rate=1e-3),
         data={"prompts_per_step": 4, "validation_prompts": 4},
-        callbacks=[*stages(), *own, last],
+        callbacks=[*stages(), Fail(*failing), *own, last],
         enable_checkpointing=True,
         devices=ranks,
         strategy=strategy,
@@ -83,9 +100,35 @@ def run(
     return module
 
 
+def meet(folder: Path, strategy: Any) -> None:
+    """Leave what each rank finds when both come, when one is a step behind, and when one comes."""
+    sharded._SOON = timedelta(seconds=2)
+    rank, store = strategy.global_rank, strategy._store
+    found = []
+    for name, step in (("both", 3), ("behind", 3 + rank), ("alone", 5)):
+        strategy._store = torch.distributed.PrefixStore(name, store)
+        if name != "alone" or rank == 0:
+            found.append(strategy.is_joined(step))
+    (folder / f"joined_{rank}.json").write_text(json.dumps(found))
+    torch.distributed.barrier()
+
+
+def main(ranks: int, folder: Path, runs: list[dict]) -> None:
+    module = None
+    sharded._SOON = timedelta(seconds=5)
+    for options in runs:
+        if options.get("failing", [0, []])[1] == [*range(ranks)]:
+            with contextlib.suppress(RuntimeError):
+                run(folder, ranks=ranks, **options)
+        else:
+            module = run(folder, ranks=ranks, **options)
+    if ranks == 2:
+        meet(folder, module.trainer.strategy)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for options in json.loads(sys.argv[3]):
-        run(Path(sys.argv[2]), ranks=int(sys.argv[1]), **options)
+    main(int(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]))
     # Left to the end of the process, gloo's thread may meet a Python that is gone, and abort.
-    torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -37,17 +37,21 @@ def runs(tmp_path_factory, one_cache_for_all) -> Path:
     """Return a folder of runs of four steps on two ranks.
 
     ``killed`` was killed while it wrote its second checkpoint, ``resumed`` went on from its first,
-    ``whole`` was let alone.
+    ``from_file`` from the file of a single device, ``whole`` was let alone, ``failed`` failed in
+    its fourth step on both ranks.
     """
     folder = tmp_path_factory.mktemp("runs")
     killed = on_ranks(2, folder, {"name": "killed", "killed_at": 4})
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     assert (folder / "killed/last.ckpt.unfinished").is_dir(), "it was killed while it wrote"
+    ranks.run(folder, "file", ranks=1, strategy="auto", max_steps=2)
     done = on_ranks(
         2,
         folder,
         {"name": "whole", "best": {"save_weights_only": True, "export": True}},
         {"name": "resumed", "resume": str(folder / "killed/last.ckpt")},
+        {"name": "from_file", "resume": str(folder / "file/last.ckpt")},
+        {"name": "failed", "failing": [3, [0, 1]]},
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return folder
@@ -68,6 +72,11 @@ def test_four_ranks_go_on_from_what_two_wrote(runs):
     done = on_ranks(4, runs, {"name": "four", "resume": path})
     assert done.returncode == 0, done.stderr[-2000:]
     assert largest_difference(final(runs, "whole"), final(runs, "four")) < 1e-6
+
+
+def test_two_ranks_go_on_from_the_file_of_one_device(runs):
+    assert (runs / "file/last.ckpt").is_file()
+    assert largest_difference(final(runs, "whole"), final(runs, "from_file")) < 1e-6
 
 
 @pytest.mark.parametrize("strategy", ["fsdp2", "auto"])
@@ -144,27 +153,20 @@ def test_a_folder_that_is_cut_off_is_one_message(runs, tmp_path, how, told):
 
 # -- a rank that fails -----------------------------------------------------------------------------
 
-_MEETING = """
-import datetime, sys, torch
-from grao_lightning.strategies import sharded
-sharded._SOON = datetime.timedelta(seconds=2)
-rank, store = int(sys.argv[1]), f"file://{sys.argv[2]}"
-torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-strategy = sharded.ShardedStrategy()
-strategy._aside = torch.distributed.new_group(backend="gloo")
-print(strategy.is_joined(3), strategy.is_joined(3 + rank), rank or strategy.is_joined(5))
-"""
+
+def test_ranks_save_after_a_failure_only_together_and_after_the_same_step(runs):
+    found = [json.loads((runs / f"joined_{rank}.json").read_text()) for rank in (0, 1)]
+    assert found == [[True, False, False], [True, False]]
 
 
-def test_ranks_save_after_a_failure_only_together_and_after_the_same_step(tmp_path):
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", _MEETING, str(rank), str(tmp_path / "store")],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-        )
-        for rank in (0, 1)
-    ]
-    told = [process.communicate(timeout=60)[0].split() for process in started]
-    assert told == [["True", "False", "False"], ["True", "False", "1"]]
+def test_a_failure_of_all_ranks_leaves_the_step_before_it(runs):
+    assert checkpoint_fault("x", str(runs / "failed/last.ckpt"), goes_on=True) is None
+    assert read_checkpoint("x", runs / "failed/last.ckpt")["global_step"] == 3
+
+
+@pytest.mark.exhaustive
+def test_a_rank_that_fails_alone_ends_the_run_with_the_checkpoint_before(tmp_path):
+    done = on_ranks(2, tmp_path, {"name": "alone", "failing": [3, [1]]})
+    assert done.returncode != 0
+    assert "rank 1 failed alone, and no rank can save without the others" in done.stderr
+    assert read_checkpoint("x", tmp_path / "alone/last.ckpt")["global_step"] == 2
