@@ -19,6 +19,7 @@ _PUBLIC = {
     "GRPOModule",
     "GroupSampling",
     "GroupScoring",
+    "LoRA",
     "PPOModule",
     "PromptDataModule",
     "ReferenceAwareClipping",

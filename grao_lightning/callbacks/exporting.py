@@ -4,15 +4,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from grao_lightning.data.encoding import PromptEncoder
 from grao_lightning.data.templates import is_hh, told
 from grao_lightning.faults import UserError
+from grao_lightning.language_model.adapter_folders import lasting
+from grao_lightning.language_model.adapters import base_fingerprint, kept_adapters
 from grao_lightning.language_model.kept import bare_model, unpacked_source
 from grao_lightning.language_model.loading import (
     first_mismatch,
     load_classifier,
     load_model,
     load_tokenizer,
+    source_fault,
 )
 
 # what a module trains, and the setting that names its source
@@ -30,6 +35,7 @@ class Trained:
         source_files: Of `packed_source`; None in checkpoints of before.
         template: By which prompts were read; None = plain strings.
         tells_template: False in checkpoints of before, and of runs without our DataModule.
+        adapters: What `StepModule.on_save_checkpoint` tells of them where they alone were trained.
     """
 
     kind: str
@@ -38,6 +44,7 @@ class Trained:
     source_files: Any
     template: str | None
     tells_template: bool
+    adapters: dict[str, Any] | None = None
 
 
 @dataclass
@@ -48,15 +55,20 @@ class Exported:
         model: Of Hugging Face.
         tokenizer: Reads prompts as the run did.
         notes: What to know of its chat template, where that is not the source's own.
+        base: Where a model comes from whose adapter is to be written without it; None: all of it.
     """
 
     model: Any
     tokenizer: Any
     notes: list[str]
+    base: str | None = None
 
     def save(self, folder: Path) -> None:
         """Write both into a folder."""
-        self.model.save_pretrained(folder)
+        if self.base is None:
+            self.model.save_pretrained(folder)
+        else:
+            self.model.save(folder, self.base)
         self.tokenizer.save_pretrained(folder)
 
 
@@ -88,23 +100,32 @@ def trained_in(content: dict[str, Any], where: str) -> Trained:
         content.get("source_files"),
         content.get("chat_template"),
         "chat_template" in content,
+        content.get("adapters"),
     )
 
 
-def exported(found: Trained, policy: str | None = None) -> Exported:
+def exported(found: Trained, policy: str | None = None, *, adapter: bool = False) -> Exported:
     """Return the model, and its tokenizer with the chat template by which the run read prompts.
 
-    The source of the model is not needed any more. A reward model gets a padding token that ends no
-    answer: Hugging Face's decoders score the last token that is not padding.
+    The source of the model is not needed any more, except where adapters alone were trained. A
+    reward model gets a padding token that ends no answer: Hugging Face's decoders score the last
+    token that is not padding.
 
     Args:
         found: What is trained; the model takes its weights and does not copy them.
         policy: Source of architecture and tokenizer; by default those in the checkpoint, or of a
             checkpoint that has none the source it names.
+        adapter: Whether the adapter alone is to be written; else it is merged into the model.
 
     Raises:
         UserError: The weights do not fit the source, or there is none.
     """
+    if found.adapters is not None:
+        return _with_adapters(found, found.adapters, policy, adapter=adapter)
+    if adapter:
+        raise UserError(
+            "--adapter: the checkpoint holds no adapter, since model.lora was null; remove it"
+        )
     model, tokenizer, source = _made(found, policy)
     if found.kind == "reward_model":
         give_padding(model, tokenizer)
@@ -116,6 +137,59 @@ def exported(found: Trained, policy: str | None = None) -> Exported:
         ) from error
     model.tie_weights()  # a tied weight stands in the checkpoint under each of its names
     return Exported(model, tokenizer, _give_template(tokenizer, found))
+
+
+def _with_adapters(
+    found: Trained, kept: dict[str, Any], policy: str | None, *, adapter: bool
+) -> Exported:
+    """Return the adapters within the model they were trained on, or that model changed by them.
+
+    The model is read from its source in float32, also where its weights were quantized in training:
+    an update merged into 4 bits would mostly round away.
+    """
+    source = policy or kept["source"]
+    fault = source_fault("--policy", source)
+    if fault:
+        raise UserError(fault)
+    tokenizer = _kept_tokenizer(found, source)
+    made_up: list[str] = []
+    if found.kind == "policy":
+        model = load_model("--policy", source)
+    else:
+        model, made_up = load_classifier("--policy", source, num_labels=1)
+    if base_fingerprint(model, kept["quantize"], made_up) != kept["base"]:
+        raise UserError(
+            f"--policy must be the model that the adapter was trained on, {kept['source']} as it "
+            f"was then; got other weights from {source}"
+        )
+    if found.kind == "reward_model":
+        give_padding(model, tokenizer)
+    adapters = kept_adapters("--policy", model, kept["config"])
+    adapters.load(found.weights)
+    notes = _give_template(tokenizer, found)
+    if adapter:
+        return Exported(adapters, tokenizer, notes, lasting(source))
+    whole = adapters.merged()
+    if kept["quantize"]:
+        notes.append(
+            f"The adapter is merged into the weights of {source} in full precision, not into those "
+            f"of {kept['quantize']} beside which it was trained: log-probabilities differ by what "
+            "the 4 bits had rounded away."
+        )
+    if kept["dtype"] in ("bfloat16", "float16"):
+        whole.to(getattr(torch, kept["dtype"]))
+        notes.append(
+            f"Merged in float32 and rounded to {kept['dtype']}, the run's precision; --adapter "
+            "writes the adapter as it was trained."
+        )
+    return Exported(whole, tokenizer, notes)
+
+
+def _kept_tokenizer(found: Trained, source: str) -> Any:
+    if found.source_files is None:
+        return load_tokenizer("--policy", source)
+    with unpacked_source(found.source_files) as folder:
+        return load_tokenizer("--ckpt_path", folder)
 
 
 def _made(found: Trained, policy: str | None) -> tuple[Any, Any, str]:

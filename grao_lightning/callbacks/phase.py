@@ -11,16 +11,27 @@ from lightning.pytorch import Trainer
 from grao_lightning.batch import PromptBatch
 
 
+def clock(device: torch.device) -> float:
+    """Return the time in seconds at which all that a device was given to do is done.
+
+    CUDA works behind the program's back: without waiting, a phase's time falls on the next one.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 @contextmanager
 def phase(trainer: Trainer, batch: PromptBatch, name: str) -> Iterator[None]:
     """Run a stage in the step's precision, without gradients, and add its wall time to the batch.
 
     Lightning calls the hooks before a step outside autocast and with gradients on.
     """
-    started = time.perf_counter()
+    device = trainer.strategy.root_device
+    started = clock(device)
     with torch.no_grad(), trainer.precision_plugin.forward_context():
         yield
-    batch.seconds[name] = batch.seconds.get(name, 0.0) + time.perf_counter() - started
+    batch.seconds[name] = batch.seconds.get(name, 0.0) + clock(device) - started
 
 
 class RareWarning:

@@ -26,25 +26,38 @@ def export_command(arguments: list[str]) -> None:
         help="source of the architecture and tokenizer, if not as when it was trained; of a reward "
         "model its backbone",
     )
+    parser.add_argument(
+        "--adapter",
+        action="store_true",
+        help="of a run with model.lora: write the adapter alone, which peft loads, and not the "
+        "model with the adapter merged into its weights",
+    )
     options = parser.parse_args(arguments)
-    notes = export(options.ckpt_path, options.output, policy=options.policy)
+    notes = export(
+        options.ckpt_path, options.output, policy=options.policy, adapter=options.adapter
+    )
     print(f"written: {options.output}")
     for note in notes:
         print(wrapped(note))
 
 
-def export(ckpt_path: str, output: str, policy: str | None = None) -> list[str]:
+def export(
+    ckpt_path: str, output: str, policy: str | None = None, *, adapter: bool = False
+) -> list[str]:
     """Write the policy or reward model of a checkpoint, and its tokenizer, to a folder.
 
     The tokenizer gets the chat template by which the run read its prompts, so that the next stage
-    reads them alike; the source of the model is not needed any more. A reward model gets a padding
-    token that ends no answer: Hugging Face's decoders score the last token that is not padding.
+    reads them alike; the source of the model is not needed any more, except after a run with
+    ``model.lora``, whose checkpoints hold adapters alone. A reward model gets a padding token that
+    ends no answer: Hugging Face's decoders score the last token that is not padding.
 
     Args:
         ckpt_path: A checkpoint that ``fit`` wrote, a file or a folder.
         output: A folder that does not exist yet or is empty.
         policy: Source of architecture and tokenizer; by default those in the checkpoint, or of a
             checkpoint that has none the source it names.
+        adapter: Write the adapter of a run with ``model.lora`` alone, as peft loads it, instead of
+            the model with the adapter merged into its weights.
 
     Returns:
         What to know of the tokenizer's chat template, where that is not the source's own.
@@ -58,7 +71,8 @@ def export(ckpt_path: str, output: str, policy: str | None = None) -> list[str]:
     from grao_lightning.language_model.checkpoints import read_checkpoint
 
     path = Path(ckpt_path).expanduser()
-    ready = exported(trained_in(read_checkpoint("--ckpt_path", path), str(path)), policy)
+    found = trained_in(read_checkpoint("--ckpt_path", path), str(path))
+    ready = exported(found, policy, adapter=adapter)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

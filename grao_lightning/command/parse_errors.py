@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
@@ -66,7 +66,8 @@ def explain(
     owner = _owner(message)
     setting = _setting(message, owner)
     if owner is not None:
-        known = [f"{setting}.{name}" for name in _parameters(owner)]
+        inner = setting.partition("init_args.")[2]
+        known = [f"{setting}.{name}" for name in _parameters(_held(owner, inner) or owner)]
     if found := _UNKNOWN.search(message):
         return unknown_setting(".".join(filter(None, (setting, *found.groups()))), known)
     if found := _UNKNOWN_ARGUMENT.search(message):
@@ -212,6 +213,13 @@ def _expected(text: str) -> str:
         return f"one of {choices[1].replace(chr(39), '')}"
     name = text.removeprefix("<class '").removesuffix("'>")
     return _TYPES.get(name, name)
+
+
+def _held(owner: type, name: str) -> type | None:
+    """Return the dataclass of one of a class's arguments, None if it is of another kind."""
+    argument = inspect.signature(owner).parameters.get(name)
+    kinds = () if argument is None else (argument.annotation, *get_args(argument.annotation))
+    return next((kind for kind in kinds if inspect.isclass(kind) and is_dataclass(kind)), None)
 
 
 def _parameters(owner: type) -> list[str]:

@@ -344,7 +344,8 @@ class PromptDataModule(NamedSettings, LightningDataModule):
             "sampler": rows[rank::world_size],
             "batch_size": self._validation_batch_size,
         }
-        if getattr(self.trainer and self.trainer.strategy, "keeps_step", False):
+        strategy = getattr(self.trainer, "strategy", None)
+        if getattr(strategy, "keeps_step", False):
             if len(rows) < world_size:
                 raise UserError(
                     f"data.validation_prompts must be at least {world_size} with the strategy "

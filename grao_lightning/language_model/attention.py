@@ -20,6 +20,7 @@ from torch import Tensor
 
 from grao_lightning.language_model import masked
 from grao_lightning.language_model.packing import Pack, Segment
+from grao_lightning.language_model.ragged import Ragged, repeated
 
 SHARED = "grao_shared_prompt"
 
@@ -187,7 +188,7 @@ class _TreeAttention(torch.autograd.Function):
         sums = []
         for segment in segments:
             prompt = slice(segment.start, segment.branches_start)
-            own = [_repeated(part[:, :, prompt], repeats) for part in (key, value)]
+            own = [repeated(part[:, :, prompt], repeats) for part in (key, value)]
             output[:, :, prompt], prompt_sum = flash(
                 query[:, :, prompt], *own, causal=True, scale=scale
             )
@@ -200,8 +201,8 @@ class _TreeAttention(torch.autograd.Function):
                 _folded(asked, repeats), key[:, :, prompt], value[:, :, prompt],
                 causal=False, scale=scale,
             )  # fmt: skip
-            ragged = _Ragged(segment.branch_lengths)
-            own = [_repeated(ragged.pad(part[:, :, branches]), repeats) for part in (key, value)]
+            ragged = Ragged(segment.branch_lengths)
+            own = [repeated(ragged.pad(part[:, :, branches]), repeats) for part in (key, value)]
             on_itself, on_itself_sum = flash(ragged.pad(asked), *own, causal=True, scale=scale)
             output[:, :, branches], branches_sum = merge(
                 (on_prompt.reshape(asked.shape), on_prompt_sum.reshape(asked.shape[:-1])),
@@ -229,7 +230,7 @@ class _TreeAttention(torch.autograd.Function):
 
         for segment in segments:
             prompt = slice(segment.start, segment.branches_start)
-            own = [_repeated(part[:, :, prompt], repeats) for part in (key, value)]
+            own = [repeated(part[:, :, prompt], repeats) for part in (key, value)]
             of_query, of_key, of_value = back(
                 gradient[:, :, prompt], query[:, :, prompt], *own, output[:, :, prompt],
                 next(sums), causal=True,
@@ -250,9 +251,9 @@ class _TreeAttention(torch.autograd.Function):
             to_query[:, :, branches] = of_query.reshape(asked[0].shape)
             to_key[:, :, prompt] += of_key
             to_value[:, :, prompt] += of_value
-            ragged = _Ragged(segment.branch_lengths)
+            ragged = Ragged(segment.branch_lengths)
             padded = [ragged.pad(part) for part in asked]
-            own = [_repeated(ragged.pad(part[:, :, branches]), repeats) for part in (key, value)]
+            own = [repeated(ragged.pad(part[:, :, branches]), repeats) for part in (key, value)]
             of_query, of_key, of_value = back(
                 padded[0], padded[1], *own, padded[2], ragged.pad(total[..., None])[..., 0],
                 causal=True,
@@ -263,45 +264,10 @@ class _TreeAttention(torch.autograd.Function):
         return to_query, to_key, to_value, None, None
 
 
-class _Ragged:
-    """Branches behind one another [1, H, L, D] <-> padded side by side [n, H, T, D].
-
-    Padding is zero, in gradients too, and stands behind a branch, where causal attention never
-    looks.
-    """
-
-    def __init__(self, lengths: Sequence[int]) -> None:
-        self._lengths, self._longest = tuple(lengths), max(lengths)
-        self._even = min(lengths) == self._longest
-        if not self._even:
-            kept = torch.arange(self._longest)[None] < torch.tensor(lengths)[:, None]
-            self._kept = kept.flatten().nonzero()[:, 0]  # [L] place of each token when padded
-
-    def pad(self, values: Tensor) -> Tensor:
-        """Return [n, H, T, D] from [1, H, L, D]."""
-        heads, depth = values.shape[1], values.shape[3]
-        values = values[0].transpose(0, 1)  # [L, H, D]
-        if not self._even:
-            room = values.new_zeros(len(self._lengths) * self._longest, heads, depth)
-            values = room.index_copy_(0, self._kept, values)
-        return values.view(len(self._lengths), self._longest, heads, depth).transpose(1, 2)
-
-    def unpad(self, values: Tensor) -> Tensor:
-        """Return [1, H, L, D] from [n, H, T, D]."""
-        values = values.transpose(1, 2).flatten(0, 1)  # [n * T, H, D]
-        if not self._even:
-            values = values[self._kept]
-        return values.transpose(0, 1)[None]
-
-
 def _folded(values: Tensor, repeats: int) -> Tensor:
     """Return query heads that share a key head behind one another: [1, H, repeats * L, D]."""
     _, heads, length, depth = values.shape
     return values.reshape(1, heads // repeats, repeats * length, depth)
-
-
-def _repeated(values: Tensor, repeats: int) -> Tensor:
-    return values if repeats == 1 else values.repeat_interleave(repeats, dim=1)
 
 
 def _summed(values: Tensor, repeats: int) -> Tensor:

@@ -80,11 +80,24 @@ def read_checkpoint(setting: str, path: Path, *, optimizer_states: bool = False)
     try:
         if path.is_dir():
             return _joined(path, optimizer_states=optimizer_states)
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with torch.serialization.safe_globals(_low_bit_states()):
+            content: dict[str, Any] = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=True
+            )
         return content
     except (Exception, CheckpointException) as error:  # what is damaged fails in many ways
         reason = str(error).splitlines()[0] if str(error) else repr(error)
         raise UserError(f"{setting}: {path} cannot be read: {reason}") from error
+
+
+def _low_bit_states() -> list[Any]:
+    """Return the kinds of tensors in which torchao's optimisers keep their moments."""
+    try:
+        from torchao.optim.subclass_4bit import OptimState4bit
+        from torchao.optim.subclass_8bit import OptimState8bit
+    except ImportError:
+        return []
+    return [OptimState4bit, OptimState8bit]
 
 
 def _lack_of_file(path: Path) -> str | None:

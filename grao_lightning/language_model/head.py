@@ -18,7 +18,12 @@ from grao_lightning.language_model.trial import all_agree, at_rest, decoder_of
 
 log = logging.getLogger(__name__)
 
+#: Tokens whose logits exist at the same time on a CPU: the fastest of 64 to 512, and the leanest
+#: of those as fast.
 CHUNK_TOKENS = 128
+#: Logits that exist at the same time elsewhere, and the tokens they may belong to.
+_CHUNK_LOGITS = 2**27
+_CHUNK_RANGE = (1024, 4096)
 #: Rows of the weight's gradient that are summed up together in low precision
 _BLOCK_ROWS = 8192
 
@@ -91,7 +96,13 @@ def head_obstacle(model: Any) -> str | None:
 
 
 def head_loss(
-    states: Tensor, head: Head, targets: Tensor, temperature: float, weigh: Weigh | None
+    states: Tensor,
+    head: Head,
+    targets: Tensor,
+    temperature: float,
+    weigh: Weigh | None,
+    *,
+    into_grad: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss ``-sum_t w_t log p(target_t)``, log-probabilities [K] and entropies [K].
 
@@ -104,11 +115,32 @@ def head_loss(
         targets: [K] token ids.
         temperature: Divides the logits.
         weigh: Weight of each token, treated as a constant; None: no loss (0) and no gradient.
+        into_grad: Add the weight's gradient to its ``.grad`` at once, so that no second [V, H]
+            lives beside it. Only for a loss that is differentiated as it is, once (another factor
+            than 1 in the backward pass is an error), and where nothing waits for the gradient in
+            autograd, as DDP and FSDP do. A weight with hooks, or that is no leaf, gets its gradient
+            from autograd all the same.
     """
+    weight, grown = head.weight, None
+    if into_grad and weigh is not None and _takes_gradient(weight):
+        # Hidden from autograd, which would wait for a gradient of it.
+        weight, grown = weight.detach(), weight
     result: tuple[Tensor, Tensor, Tensor] = _HeadLoss.apply(
-        states, head.weight, head.bias, (head.scale, head.cap), targets, temperature, weigh
+        states, weight, head.bias, (head.scale, head.cap), targets, temperature, weigh, grown
     )
     return result
+
+
+def chunk_tokens(vocabulary: int, device: torch.device) -> int:
+    """Return the tokens whose logits exist at the same time, about 14 bytes each.
+
+    A low-precision weight's gradient is read and written once for many chunks. On a CPU small
+    chunks stay in its cache; other devices are busy only with many tokens.
+    """
+    if device.type == "cpu":
+        return CHUNK_TOKENS
+    low, high = _CHUNK_RANGE
+    return min(max(_CHUNK_LOGITS // vocabulary, low), high)
 
 
 def weigh_by_gradient(loss: Callable[[slice, Tensor], Tensor]) -> Weigh:
@@ -127,23 +159,110 @@ def weigh_by_gradient(loss: Callable[[slice, Tensor], Tensor]) -> Weigh:
     return weigh
 
 
+def _takes_gradient(weight: Tensor) -> bool:
+    """Return whether a gradient may be added to a weight without autograd."""
+    hooks = weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None)
+    plain = type(weight) in (Tensor, nn.Parameter) and weight.is_leaf and not hooks
+    return plain and weight.requires_grad and torch.is_grad_enabled()
+
+
+class _WeightGradient:
+    """Sums up the gradient of the weight, [V, H].
+
+    In full precision each chunk is added as it comes. In low precision a sum over few tokens is
+    mostly traffic, so the logits' gradients of up to 2 H tokens, which take the room of a float32
+    gradient, wait for one product, whose sums are float32 inside.
+
+    Args:
+        weight: [V, H] as the model holds it; its ``.grad`` is added to where ``grown``.
+        tokens: K, of all chunks.
+        dtype: Of the products.
+        exact: Precision of the sums.
+        grown: Whether to add to ``.grad``.
+    """
+
+    def __init__(
+        self, weight: Tensor, tokens: int, dtype: torch.dtype, exact: torch.dtype, grown: bool
+    ) -> None:
+        self._weight, self._grown = weight, grown
+        vocabulary, hidden = weight.shape
+        span = min(tokens, 2 * hidden)
+        self._waiting = 0
+        self._gradients: Tensor | None = None
+        self._states: Tensor | None = None
+        if dtype != exact:
+            self._gradients = weight.new_empty(span, vocabulary, dtype=dtype)
+            self._states = weight.new_empty(span, hidden, dtype=dtype)
+        once = dtype != exact and span == tokens
+        self._own = once or weight.dtype == exact  # its own precision keeps every digit
+        if grown and self._own:
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+            self._sums = weight.grad
+        else:
+            self._sums = torch.zeros_like(weight, dtype=weight.dtype if self._own else exact)
+
+    def add(self, gradient: Tensor, states: Tensor) -> None:
+        """Take in the logits' gradient [tokens, V] and states [tokens, H] of a chunk."""
+        if self._gradients is None or self._states is None:
+            self._sums.addmm_(gradient.t(), states)
+            return
+        done = 0
+        while done < len(states):
+            part = min(len(states) - done, len(self._states) - self._waiting)
+            place = slice(self._waiting, self._waiting + part)
+            self._gradients[place] = gradient[done : done + part]
+            self._states[place] = states[done : done + part]
+            self._waiting += part
+            done += part
+            if self._waiting == len(self._states):
+                self._empty()
+
+    def _empty(self) -> None:
+        assert self._gradients is not None and self._states is not None
+        waiting = slice(self._waiting)
+        for first in range(0, len(self._sums), _BLOCK_ROWS):
+            block = slice(first, first + _BLOCK_ROWS)
+            self._sums[block] += self._gradients[waiting, block].t() @ self._states[waiting]
+        self._waiting = 0
+
+    def result(self) -> Tensor | None:
+        """Return the gradient in the weight's precision, None where it lies in ``.grad``."""
+        if self._waiting:
+            self._empty()
+        self._gradients = self._states = None
+        if not self._grown:
+            return self._sums.to(self._weight.dtype)
+        if not self._own:
+            if self._weight.grad is None:
+                self._weight.grad = torch.zeros_like(self._weight)
+            for first in range(0, len(self._sums), _BLOCK_ROWS):
+                block = slice(first, first + _BLOCK_ROWS)
+                self._weight.grad[block] += self._sums[block]
+        return None
+
+
 class _HeadGradients:
     """Sums up the gradients of states, weight and bias, chunk by chunk.
 
     Args:
         head: In the precision of the products.
         states: [K, H].
-        weight: [V, H] as the model holds it, None where it is frozen.
+        weight: Sums up that of the weight; None where it is frozen.
         bias: [V] as the model holds it, or None.
         exact: Precision of the sums.
     """
 
     def __init__(
-        self, head: Head, states: Tensor, weight: Tensor | None, bias: Tensor | None, exact: Any
+        self,
+        head: Head,
+        states: Tensor,
+        weight: _WeightGradient | None,
+        bias: Tensor | None,
+        exact: torch.dtype,
     ) -> None:
         self._head, self._weight, self._bias = head, weight, bias
         self._to_states = torch.empty_like(states)
-        self._to_weight = None if weight is None else torch.zeros_like(weight, dtype=exact)
         self._to_bias = None if bias is None else torch.zeros_like(bias, dtype=exact)
 
     def add(self, part: slice, chunk: Tensor, gradient: Tensor) -> None:
@@ -156,22 +275,17 @@ class _HeadGradients:
         """
         lowered = gradient.to(chunk.dtype)
         self._to_states[part] = (lowered @ self._head.weight).to(self._to_states.dtype)
-        if self._to_weight is not None and chunk.dtype == gradient.dtype:
-            self._to_weight.addmm_(lowered.t(), chunk)
-        elif self._to_weight is not None:
-            for first in range(0, len(self._to_weight), _BLOCK_ROWS):
-                block = slice(first, first + _BLOCK_ROWS)
-                self._to_weight[block] += lowered[:, block].t() @ chunk
+        if self._weight is not None:
+            self._weight.add(lowered, chunk)
         if self._to_bias is not None:
             self._to_bias += gradient.sum(dim=0)
 
     def of_inputs(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return the gradients of states, weight and bias, each in its own precision."""
-        pairs = ((self._to_weight, self._weight), (self._to_bias, self._bias))
-        to_weight, to_bias = (
-            None if sums is None or own is None else sums.to(own.dtype) for sums, own in pairs
-        )
-        return self._to_states, to_weight, to_bias
+        to_bias = self._to_bias
+        if to_bias is not None and self._bias is not None:
+            to_bias = to_bias.to(self._bias.dtype)
+        return self._to_states, None if self._weight is None else self._weight.result(), to_bias
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -185,6 +299,7 @@ class _HeadLoss(torch.autograd.Function):
         targets: Tensor,
         temperature: float,
         weigh: Weigh | None,
+        grown: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = _compute_dtype(states)
         # Cast once here, not once a chunk as autocast would.
@@ -195,12 +310,15 @@ class _HeadLoss(torch.autograd.Function):
         loss = logprobs.new_zeros(())
         gradients = None
         if weigh is not None:
-            # A frozen head under LoRA needs no gradient.
-            trained = weight if ctx.needs_input_grad[1] else None
-            gradients = _HeadGradients(head, states, trained, bias, exact)
+            summed = None  # a frozen head under LoRA needs no gradient
+            if grown is not None or ctx.needs_input_grad[1]:
+                owner = weight if grown is None else grown
+                summed = _WeightGradient(owner, len(targets), dtype, exact, grown is not None)
+            gradients = _HeadGradients(head, states, summed, bias, exact)
+        size = chunk_tokens(len(weight), states.device)
         with torch.autocast(states.device.type, enabled=False):
-            for start in range(0, len(targets), CHUNK_TOKENS):
-                part = slice(start, min(start + CHUNK_TOKENS, len(targets)))
+            for start in range(0, len(targets), size):
+                part = slice(start, min(start + size, len(targets)))
                 chunk = states[part].to(dtype)
                 logits = head.logits(chunk).to(exact)
                 slope = head.slope(logits)
@@ -211,6 +329,7 @@ class _HeadLoss(torch.autograd.Function):
                 entropies[part] = -everyone.sum(dim=-1)
                 if gradients is None or weigh is None:
                     continue
+                del everyone
                 weights = weigh(part, logprobs[part]).to(exact)[:, None]
                 # d(-w log p) / d logits = w (p - onehot) / temperature
                 gradient = probabilities.mul_(weights)
@@ -221,6 +340,7 @@ class _HeadLoss(torch.autograd.Function):
                 gradients.add(part, chunk, gradient)
                 loss -= (weights[:, 0] * logprobs[part]).sum()
         ctx.gradients = (None, None, None) if gradients is None else gradients.of_inputs()
+        ctx.grown = grown is not None
         ctx.mark_non_differentiable(logprobs, entropies)
         return loss, logprobs, entropies
 
@@ -228,11 +348,13 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Any, ...]:
         to_states, to_weight, to_bias = ctx.gradients
         del ctx.gradients  # they may be as large as the head
+        if ctx.grown:  # no wait for the device
+            torch._assert_async(gradient == 1, "into_grad: the loss must not be scaled")
         scaled = [
             None if part is None else part.mul_(gradient.to(part.dtype))
             for part in (to_states, to_weight, to_bias)
         ]
-        return (*scaled, None, None, None, None)
+        return (*scaled, None, None, None, None, None)
 
 
 def _compute_dtype(states: Tensor) -> torch.dtype:

@@ -1,6 +1,5 @@
 """Where policies and tokenizers come from: a hub name, a folder, a GGUF file, or embedded."""
 
-import hashlib
 import logging
 import sys
 from functools import partial
@@ -8,7 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grao_lightning.faults import UserError
-from grao_lightning.language_model.sharded import Sharding, own_shards
+from grao_lightning.language_model.adapter_folders import (
+    adapter_base,
+    adapter_fault,
+    adapter_labels,
+    is_adapter,
+)
+from grao_lightning.language_model.adapters import saved_adapters
+from grao_lightning.language_model.sharded import Sharding, draw_whole, own_shards
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -81,6 +87,8 @@ def source_fault(setting: str, source: str) -> str | None:
             return f"{setting}: no embedded model {source!r}; there are {known}"
         return None
     path = Path(source).expanduser()
+    if is_adapter(source):
+        return adapter_fault(setting, source)
     if path.suffix == ".gguf":
         return None if path.is_file() else f"{setting}: no such file: {source}"
     if path.is_dir():
@@ -96,6 +104,28 @@ def source_fault(setting: str, source: str) -> str | None:
     return None
 
 
+def base_of(setting: str, source: str, base: str | None = None) -> str:
+    """Return the source of a model's own weights: of an adapter folder the model it belongs to.
+
+    Args:
+        setting: Name of the setting, for messages.
+        source: As in `load_model`.
+        base: Of an adapter folder, instead of the one that it names.
+
+    Raises:
+        UserError: It names none.
+    """
+    if not is_adapter(source):
+        return source
+    found = base or adapter_base(source)
+    if found is None:
+        raise UserError(
+            f"{setting}: {source}/adapter_config.json names no base_model_name_or_path: write "
+            "there the source of the model that the adapter belongs to"
+        )
+    return found
+
+
 def first_mismatch(error: RuntimeError) -> str:
     """Return the first of the many lines with which ``load_state_dict`` refuses weights."""
     lines = [line.strip() for line in str(error).splitlines()]
@@ -107,7 +137,8 @@ def load_model(setting: str, source: str, sharding: Sharding | None = None, **op
 
     Args:
         setting: Name of the setting, for messages.
-        source: Hub name, folder, ``.gguf`` file or ``embedded:keywords``.
+        source: Hub name, folder, ``.gguf`` file or ``embedded:keywords``. Of an adapter folder the
+            model it belongs to, with the adapter merged into its weights.
         sharding: How the weights are dealt out over ranks, in a precision of its own; None: not.
         options: For ``from_pretrained``.
 
@@ -117,6 +148,10 @@ def load_model(setting: str, source: str, sharding: Sharding | None = None, **op
     import torch
     from transformers import AutoModelForCausalLM
 
+    if is_adapter(source):
+        _refuse_parts(setting, source, sharding)
+        model = load_model(setting, base_of(setting, source), sharding, **options)
+        return saved_adapters(setting, model, source).merged()
     options.setdefault("dtype", torch.float32)
     if sharding is not None:
         options |= sharding.options()
@@ -145,10 +180,18 @@ def load_classifier(
     import torch
     from transformers import AutoModelForSequenceClassification
 
+    if is_adapter(source):
+        _refuse_parts(setting, source, sharding)
+        base, labels = base_of(setting, source), adapter_labels(source)
+        options |= {} if labels is None else {"num_labels": labels}
+        model, made_up = load_classifier(setting, base, sharding, **options)
+        adapters = saved_adapters(setting, model, source)
+        return adapters.merged(), [name for name in made_up if not adapters.trains_along(name)]
     options.setdefault("dtype", torch.float32)
     if sharding is not None:
         options |= sharding.options()
     # What is missing is returned: the report on it would be noise where a head is to be trained.
+    numbers = torch.get_rng_state()
     reporter = logging.getLogger("transformers.modeling_utils")
     level = reporter.level
     reporter.setLevel(logging.ERROR)
@@ -158,10 +201,21 @@ def load_classifier(
         )
     finally:
         reporter.setLevel(level)
-    model = _plain(source, model)
+    model, missing = _plain(source, model), sorted(report["missing_keys"])
     if sharding is not None:
         own_shards(model, sharding)
-    return model, sorted(report["missing_keys"])
+        torch.set_rng_state(numbers)
+        draw_whole(model, missing)
+    return model, missing
+
+
+def _refuse_parts(setting: str, source: str, sharding: Sharding | None) -> None:
+    if sharding is not None:
+        raise UserError(
+            f"{setting}: {source} is an adapter, which cannot be merged into weights that are "
+            "dealt out with trainer.strategy=fsdp2: merge it first (peft's merge_and_unload, or "
+            "grao export), and give that folder"
+        )
 
 
 def _plain(source: str, model: Any) -> Any:
@@ -181,7 +235,14 @@ def load_tokenizer(setting: str, source: str) -> Any:
     """
     from transformers import AutoTokenizer
 
+    if is_adapter(source) and not has_tokenizer(source):
+        source = base_of(setting, source)
     return checked_tokenizer(setting, _load(setting, source, AutoTokenizer))
+
+
+def has_tokenizer(source: str) -> bool:
+    """Return whether a source is a folder that has a tokenizer, with or without a model."""
+    return (Path(source).expanduser() / "tokenizer_config.json").is_file()
 
 
 def checked_tokenizer(setting: str, tokenizer: Any) -> Any:
@@ -204,20 +265,11 @@ def checked_tokenizer(setting: str, tokenizer: Any) -> Any:
     return tokenizer
 
 
-def fingerprint(model: Any) -> str:
-    """Return what tells the weights of two models apart, on whatever device, from a few of each."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        few = parameter.detach().flatten()[:: max(1, parameter.numel() // 8)]
-        digest.update(f"{name} {few.double().tolist()}".encode())
-    return digest.hexdigest()
-
-
 def eos_ids(source: ModelSource | None, tokenizer: Any) -> tuple[int, ...]:
     """Return every token id that ends a sequence: the tokenizer's and the generation config's.
 
     Args:
-        source: Of the model, or a model; None: there is none.
+        source: Of the model's own weights, or a model; None: there is none.
         tokenizer: Of the model.
     """
     from transformers import GenerationConfig
@@ -250,7 +302,7 @@ def _load(setting: str, source: str, auto_class: Any, **options: Any) -> Any:
 
     of_tokenizer = auto_class is transformers.AutoTokenizer
     # Such a folder needs no model beside it.
-    alone = of_tokenizer and (Path(source).expanduser() / "tokenizer_config.json").is_file()
+    alone = of_tokenizer and has_tokenizer(source)
     fault = None if alone else source_fault(setting, source)
     if fault:
         raise UserError(fault)

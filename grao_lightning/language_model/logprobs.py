@@ -15,15 +15,15 @@ from torch import Tensor
 from grao_lightning.batch import TokenRow
 from grao_lightning.language_model.frozen import bare, inside
 from grao_lightning.language_model.head import Weigh, head_loss, head_obstacle, head_of
-from grao_lightning.language_model.packing import riders, split_into_packs
+from grao_lightning.language_model.packing import own_budget, riders, split_into_packs
 from grao_lightning.language_model.positions import check_length
 from grao_lightning.language_model.sharded import device_of, passes_over_ranks
 from grao_lightning.language_model.sharing import padding_is_exact, shares_prompts
 from grao_lightning.language_model.states import (
     Way,
-    answer_states,
     decoder_reader,
     logits_reader,
+    states_and_targets,
 )
 from grao_lightning.language_model.trial import decoder_of
 
@@ -38,8 +38,7 @@ class TokenLogprobs:
         loss: Scalar ``-sum_t w_t log pi(t)``, with a gradient; 0 without weights.
         flat: [K] nats.
         entropy: [K] nats, of the whole next-token distribution.
-        row: [K] long, the row each token belongs to.
-        lengths: [R] long, answer tokens of each row.
+        lengths: R numbers, answer tokens of each row.
         states: [K, H] from which each token was predicted, with a gradient; None where the model's
             head is unknown.
     """
@@ -47,13 +46,12 @@ class TokenLogprobs:
     loss: Tensor
     flat: Tensor
     entropy: Tensor
-    row: Tensor
-    lengths: Tensor
+    lengths: list[int]
     states: Tensor | None
 
     def by_row(self) -> list[Tensor]:
         """Return one [T] tensor a row."""
-        return list(self.flat.split(self.lengths.tolist()))
+        return list(self.flat.split(self.lengths))
 
 
 @dataclass(frozen=True)
@@ -76,6 +74,7 @@ def token_logprobs(
     temperature: float = 1.0,
     weigh: Weigh | None = None,
     weigh_rows: bool = False,
+    into_grad: bool = False,
 ) -> TokenLogprobs:
     """Return log pi(answer token | what stands before it) for every answer token of every row.
 
@@ -87,60 +86,72 @@ def token_logprobs(
         weigh: (slice of [K], their log-probabilities) -> weight of each token in the loss.
         weigh_rows: Whether a token's weight depends on other tokens: ``weigh`` is then called once,
             with all of them, and the head is computed twice.
+        into_grad: Add the head's gradient to its weight's ``.grad`` at once, see `head_loss`.
     """
-    return inside(model, lambda model: _token_logprobs(model, rows, temperature, weigh, weigh_rows))
+    return inside(
+        model,
+        lambda model: _token_logprobs(model, rows, temperature, weigh, weigh_rows, into_grad),
+    )
 
 
 def _token_logprobs(
-    model: Any, rows: Sequence[TokenRow], temperature: float, weigh: Weigh | None, weigh_rows: bool
+    model: Any,
+    rows: Sequence[TokenRow],
+    temperature: float,
+    weigh: Weigh | None,
+    weigh_rows: bool,
+    into_grad: bool,
 ) -> TokenLogprobs:
     if not rows:
         return _of_no_rows(model, temperature)
-    device = device_of(model)
-    lengths = torch.tensor([len(row.answer_ids) for row in rows], device=device)
-    row = torch.arange(len(rows), device=device).repeat_interleave(lengths)
-    targets = torch.tensor([token for row in rows for token in row.answer_ids], device=device)
+    lengths = [len(row.answer_ids) for row in rows]
     knows_head = head_obstacle(model) is None
     read = decoder_reader(decoder_of(model)) if knows_head else logits_reader(model)
     way: Way = "packed" if _packs(model) else "padded"
     if way == "padded" and not padding_is_exact(model, read):
         way = "one by one"
     check_length(model, max(map(len, rows)))
-    states = answer_states(model, rows, way, read)
+    states, targets = states_and_targets(model, rows, way, read)
     # Only now: a sharded head's weight is at hand once the decoder has run.
     head = head_of(model) if knows_head else None
     if head is None:
         loss, flat, entropy = _full_loss(states, targets, temperature, weigh)
-        return TokenLogprobs(loss, flat, entropy, row, lengths, None)
+        return TokenLogprobs(loss, flat, entropy, lengths, None)
     if weigh is not None and weigh_rows:
         _, flat, _ = head_loss(states.detach(), head, targets, temperature, None)
         weights = weigh(slice(0, len(targets)), flat)
         loss, flat, entropy = head_loss(
-            states, head, targets, temperature, lambda part, _: weights[part]
+            states,
+            head,
+            targets,
+            temperature,
+            lambda part, _: weights[part],
+            into_grad=into_grad,
         )
     else:
-        loss, flat, entropy = head_loss(states, head, targets, temperature, weigh)
-    return TokenLogprobs(loss, flat, entropy, row, lengths, states)
+        loss, flat, entropy = head_loss(
+            states, head, targets, temperature, weigh, into_grad=into_grad
+        )
+    return TokenLogprobs(loss, flat, entropy, lengths, states)
 
 
 def _of_no_rows(model: Any, temperature: float) -> TokenLogprobs:
     """Return the log-probabilities of no tokens after a pass like any other, its gradient 0."""
     weigh: Weigh | None = (lambda _, flat: flat * 0.0) if torch.is_grad_enabled() else None
-    computed = _token_logprobs(model, [_FILLER], temperature, weigh, False)
+    computed = _token_logprobs(model, [_FILLER], temperature, weigh, False, False)
     states = None if computed.states is None else computed.states[:0]
-    flat, entropy, none = computed.flat[:0], computed.entropy[:0], computed.row[:0]
-    return TokenLogprobs(computed.loss, flat, entropy, none, none, states)
+    return TokenLogprobs(computed.loss, computed.flat[:0], computed.entropy[:0], [], states)
 
 
 def frozen_logprobs(
-    model: Any, rows: Sequence[TokenRow], budget: int, *, temperature: float = 1.0
+    model: Any, rows: Sequence[TokenRow], budget: int | None, *, temperature: float = 1.0
 ) -> list[Tensor]:
     """Return one [T] tensor a row, without gradients, micro-batch by micro-batch.
 
     Args:
         model: A Hugging Face causal language model, or a `FrozenModel`.
         rows: R prompts with their answers.
-        budget: Most tokens of a micro-batch.
+        budget: Most tokens of a micro-batch; None: `own_budget`.
         temperature: Divides the logits.
     """
     found = [torch.empty(0)] * len(rows)
@@ -151,7 +162,7 @@ def frozen_logprobs(
 
 
 def frozen_passes(
-    model: Any, rows: Sequence[TokenRow], budget: int, *, temperature: float = 1.0
+    model: Any, rows: Sequence[TokenRow], budget: int | None, *, temperature: float = 1.0
 ) -> Iterator[tuple[list[int], TokenLogprobs]]:
     """Yield row numbers and what the model says of these rows, without gradients.
 
@@ -160,7 +171,7 @@ def frozen_passes(
     Args:
         model: A Hugging Face causal language model, or a `FrozenModel`.
         rows: R prompts with their answers.
-        budget: Most tokens of a micro-batch.
+        budget: Most tokens of a micro-batch; None: `own_budget`.
         temperature: Divides the logits.
     """
     micro_batches = split_by_tokens(model, rows, [False] * len(rows), budget)
@@ -195,7 +206,7 @@ def evened_out(model: Any, micro_batches: Sequence[MicroBatch]) -> list[MicroBat
 
 
 def split_together(
-    model: Any, rows: Sequence[TokenRow], units: Sequence[Sequence[int]], budget: int
+    model: Any, rows: Sequence[TokenRow], units: Sequence[Sequence[int]], budget: int | None
 ) -> list[MicroBatch]:
     """Return rows in micro-batches of at most ``budget`` tokens that keep each unit whole.
 
@@ -203,8 +214,9 @@ def split_together(
         model: Decides the layout, packed or padded.
         rows: All rows.
         units: Numbers of the rows that belong together, such as the two of a pair.
-        budget: Most tokens of a micro-batch; a larger unit stands alone.
+        budget: Most tokens of a micro-batch; a larger unit stands alone. None: `own_budget`.
     """
+    budget = _budget(model, rows, budget)
     size = _packed_size if _packs(model) else _padded_size
     micro_batches: list[list[int]] = []
     for unit in units:
@@ -217,7 +229,7 @@ def split_together(
 
 
 def split_by_tokens(
-    model: Any, rows: Sequence[TokenRow], needs_gradient: Sequence[bool], budget: int
+    model: Any, rows: Sequence[TokenRow], needs_gradient: Sequence[bool], budget: int | None
 ) -> list[MicroBatch]:
     """Return all rows in micro-batches of at most ``budget`` tokens in the model's layout.
 
@@ -228,11 +240,13 @@ def split_by_tokens(
         model: Decides the layout, packed or padded.
         rows: All rows.
         needs_gradient: [R] whether a row's log-probabilities are to be differentiated.
-        budget: Most tokens of a micro-batch, padding included; a longer row stands alone.
+        budget: Most tokens of a micro-batch, padding included; a longer row stands alone. None:
+            `own_budget`.
 
     Returns:
         Those without gradients first.
     """
+    budget = _budget(model, rows, budget)
     packed = _packs(model)
     split = split_into_packs if packed else split_padded
     carried = riders(rows, needs_gradient) if packed else set()
@@ -257,6 +271,12 @@ def split_padded(rows: Sequence[TokenRow], numbers: Sequence[int], budget: int) 
         else:
             micro_batches.append([number])
     return micro_batches
+
+
+def _budget(model: Any, rows: Sequence[TokenRow], budget: int | None) -> int:
+    if budget is not None:
+        return budget
+    return own_budget(max(map(len, rows), default=0), device_of(bare(model)).type)
 
 
 def _packs(model: Any) -> bool:

@@ -6,9 +6,10 @@ tokens of the pack, K answer tokens.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from grao_lightning.batch import TokenIds, TokenRow
@@ -74,6 +75,21 @@ class Pack:
                 ).tril()
                 first += length
         return mask
+
+    def padded(self, multiple: int) -> "Pack":
+        """Return the pack with so many tokens more that S is a multiple; they predict nothing.
+
+        They are a prompt of their own, so that no other token sees them.
+        """
+        room = -len(self.ids) % multiple
+        if not room:
+            return self
+        return replace(
+            self,
+            ids=F.pad(self.ids, (0, room)),
+            positions=F.pad(self.positions, (0, room)),
+            segments=(*self.segments, Segment(len(self.ids), room, ())),
+        )
 
     def labels(self) -> tuple[Tensor, Tensor]:
         """Return of every token its segment and its branch, [S] long; 0 is the prompt's branch.
@@ -165,6 +181,20 @@ def split_into_packs(
             free -= needed
             fresh = False
     return packs
+
+
+def own_budget(longest: int, device_type: str) -> int:
+    """Return the most tokens of a micro-batch where none is asked for.
+
+    On a CPU 1,024 tokens are nearly as fast as more (measured, see docs/benchmarks.md); other
+    devices are busy only with many (not measured). Twice the longest row, since in packs shorter
+    than that most of what is read is prompts, read over and over.
+
+    Args:
+        longest: Tokens of the longest row.
+        device_type: Such as "cpu".
+    """
+    return max(1024 if device_type == "cpu" else 8192, 2 * longest)
 
 
 def riders(rows: Sequence[TokenRow], needs_gradient: Sequence[bool]) -> set[int]:

@@ -27,6 +27,7 @@ from grao_lightning.language_model.positions import check_length, first_position
 from grao_lightning.language_model.sharded import device_of, passes_over_ranks
 from grao_lightning.language_model.sharing import shares_prompts
 from grao_lightning.language_model.states import Way, answer_states, decoder_reader
+from grao_lightning.language_model.transfer import sent
 from grao_lightning.language_model.trial import computes_in
 
 _FILLER = TokenRow([0], [0])
@@ -126,8 +127,8 @@ def _last_states(model: Any, rows: Sequence[TokenRow]) -> Tensor:
     read = decoder_reader(model.base_model)
     check_length(model, max(map(len, rows)))
     states = answer_states(model, with_room(rows), way, read, last_is_read=False)
-    ends = torch.tensor([len(row.answer_ids) + 1 for row in rows], device=states.device).cumsum(0)
-    return states[ends - 1]
+    ends = torch.tensor([len(row.answer_ids) + 1 for row in rows]).cumsum(0)
+    return states[sent(states.device, ends - 1)[0]]
 
 
 def _masked_inputs(model: Any, rows: Sequence[TokenRow]) -> dict[str, Tensor]:
@@ -143,7 +144,7 @@ def _masked_inputs(model: Any, rows: Sequence[TokenRow]) -> dict[str, Tensor]:
             [0] * len(row.prompt_ids) + [1] * len(row.answer_ids) + [0] * (width - len(row))
             for row in rows
         ]
-    return {name: torch.tensor(values, device=device) for name, values in inputs.items()}
+    return dict(zip(inputs, sent(device, *map(torch.tensor, inputs.values())), strict=True))
 
 
 def _alone(model: Any, row: TokenRow) -> Tensor:
@@ -152,7 +153,7 @@ def _alone(model: Any, row: TokenRow) -> Tensor:
     own = config.pad_token_id
     config.pad_token_id = None  # else the last token would not count where it is this one
     try:
-        ids = torch.tensor([row.prompt_ids + row.answer_ids], device=device_of(model))
+        (ids,) = sent(device_of(model), torch.tensor([row.prompt_ids + row.answer_ids]))
         return at_least_float32(model(input_ids=ids).logits)
     finally:
         config.pad_token_id = own

@@ -5,7 +5,7 @@ weights of a layer together, so they must make the same passes in the same order
 `passes_over_ranks`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MethodType
@@ -149,6 +149,12 @@ class Shards:
         """Free all gathered weights, so that parameters are this rank's parts again."""
         self._root.reset_iter_state()
 
+    def shard_within(self, parts: list[nn.Module]) -> None:
+        """Deal out modules that were put into the model as one group, before its first pass."""
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(parts, mesh=self.mesh, reshard_after_forward=False, **self.sharding.policies())
+
     def shard_beside(self, part: nn.Module) -> None:
         """Deal out a module that is trained beside the model, over the same ranks."""
         from torch.distributed.fsdp import fully_shard
@@ -179,6 +185,30 @@ def own_shards(model: Any, sharding: Sharding) -> Any:
     model.grao_shards = Shards(model, sharding)
     _keep_in_place(model)
     return model
+
+
+def draw_whole(model: Any, names: Sequence[str]) -> None:
+    """Start weights that no source has as a whole model's start, drawn alike on every rank.
+
+    Drawn part by part, each rank's would be the same rows.
+
+    Args:
+        model: Sharded.
+        names: Of its parameters, such as a new head's.
+    """
+    from torch.distributed.tensor import distribute_tensor
+
+    spread = getattr(model.config.get_text_config(), "initializer_range", 0.02)
+    for name in names:
+        parameter: Any = model.get_parameter(name)
+        whole = torch.zeros(parameter.shape, dtype=torch.float32)
+        if whole.dim() > 1:  # biases start at 0
+            whole.normal_(std=spread)
+        whole = whole.to(parameter.device, parameter.dtype)
+        mesh, placements = parameter.device_mesh, parameter.placements
+        own = distribute_tensor(whole, mesh, placements, src_data_rank=None)
+        with torch.no_grad():
+            parameter.to_local().copy_(own.to_local())
 
 
 def shards_of(model: Any) -> Shards | None:

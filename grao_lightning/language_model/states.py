@@ -14,6 +14,7 @@ from torch import Tensor
 from grao_lightning.batch import TokenRow
 from grao_lightning.faults import UserError
 from grao_lightning.language_model.attention import TreeLayout
+from grao_lightning.language_model.masked import BLOCK
 from grao_lightning.language_model.packing import Pack, pack_rows
 from grao_lightning.language_model.positions import (
     by_frequencies,
@@ -21,6 +22,7 @@ from grao_lightning.language_model.positions import (
     forget_frequencies,
 )
 from grao_lightning.language_model.sharded import device_of, passes_over_ranks
+from grao_lightning.language_model.transfer import sent
 
 Way = Literal["packed", "padded", "one by one"]
 #: (input_ids [N, T], more keywords of the forward pass) -> states [N, T, H], or logits
@@ -56,7 +58,16 @@ def logits_reader(model: Any) -> Read:
 def answer_states(
     model: Any, rows: Sequence[TokenRow], way: Way, read: Read, *, last_is_read: bool = True
 ) -> Tensor:
-    """Return the states [K, H] that predict the answer tokens, in as many passes as it takes.
+    """Return the states [K, H] of `states_and_targets`."""
+    return states_and_targets(model, rows, way, read, last_is_read=last_is_read)[0]
+
+
+def states_and_targets(
+    model: Any, rows: Sequence[TokenRow], way: Way, read: Read, *, last_is_read: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Return the states [K, H] that predict the answer tokens, and these tokens [K] beside them.
+
+    It takes as many passes as the model needs; each sends its integers to the device in one copy.
 
     Args:
         model: Whose forward pass it is.
@@ -75,50 +86,62 @@ def answer_states(
     if way == "one by one" or chooses_frequencies(model):
         (most,) = passes_over_ranks(model, len(passes))
         more = most - len(passes)
-    pieces: list[Tensor] = [torch.empty(0)] * len(rows)
+    pieces: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * len(rows)
     for numbers in passes:
         chosen = [rows[number] for number in numbers]
         forget_frequencies(model)
         if way == "packed":
             whole = last_is_read and chooses_frequencies(model)
-            states = _packed(read, pack_rows(chosen, longest_whole=whole), device)
+            found = _packed(read, pack_rows(chosen, longest_whole=whole), device)
         else:
-            states = _padded(read, chosen, last_is_read, device)
+            found = _padded(read, chosen, last_is_read, device)
         if len(passes) == 1 and not more:
-            return states
-        parts = states.split([len(row.answer_ids) for row in chosen])
-        for number, part in zip(numbers, parts, strict=True):
-            pieces[number] = part
+            return found
+        lengths_here = [len(row.answer_ids) for row in chosen]
+        parts = zip(*(part.split(lengths_here) for part in found), strict=True)
+        for number, (states, targets) in zip(numbers, parts, strict=True):
+            pieces[number] = states, targets
+    states, targets = (torch.cat(part) for part in zip(*pieces, strict=True))
     for _ in range(more):  # as other ranks do; of no effect, but with a backward pass
         forget_frequencies(model)
         unread = read(torch.zeros(1, 1, dtype=torch.long, device=device))
-        pieces[0] = pieces[0] + unread.flatten()[:0].sum()
-    return torch.cat(pieces)
+        states = states + unread.flatten()[:0].sum()
+    return states, targets
 
 
-def _packed(read: Read, pack: Pack, device: torch.device) -> Tensor:
+def _packed(read: Read, pack: Pack, device: torch.device) -> tuple[Tensor, Tensor]:
+    if device.type != "cpu":
+        pack = pack.padded(BLOCK)  # kernels want whole blocks, and shapes that repeat are reused
+    ids, positions, sources, targets = sent(
+        device, pack.ids, pack.positions, pack.sources, pack.targets
+    )
     states = read(
-        pack.ids[None].to(device),
-        position_ids=pack.positions[None].to(device),
+        ids[None],
+        position_ids=positions[None],
         # Four dimensions: handed through as it is, and never read by the layout.
         attention_mask=torch.ones(1, 1, 1, 1, device=device),
         shared_prompts=TreeLayout(pack),
     )
-    return states[0, pack.sources.to(device)]
+    return states[0, sources], targets
 
 
 def _padded(
     read: Read, rows: Sequence[TokenRow], last_is_read: bool, device: torch.device
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     texts = [row.prompt_ids + row.answer_ids for row in rows]
     if not last_is_read:
         texts = [text[:-1] for text in texts]
     width = max(map(len, texts))
-    ids = torch.tensor([text + [0] * (width - len(text)) for text in texts], device=device)
     # The token at position t is predicted from position t - 1.
-    sources = [
+    of_rows = [
         number * width + position - 1
         for number, row in enumerate(rows)
         for position in range(len(row.prompt_ids), len(row))
     ]
-    return read(ids).flatten(0, 1)[torch.tensor(sources, device=device)]
+    ids, sources, targets = sent(
+        device,
+        torch.tensor([text + [0] * (width - len(text)) for text in texts]),
+        torch.tensor(of_rows),
+        torch.tensor([token for row in rows for token in row.answer_ids]),
+    )
+    return read(ids).flatten(0, 1)[sources], targets

@@ -12,11 +12,12 @@ from typing_extensions import Unpack
 from grao_lightning.batch import PromptBatch, TokenRow
 from grao_lightning.callbacks.scoring import GroupScoring
 from grao_lightning.faults import Faults
+from grao_lightning.language_model.before_training import BeforeTraining
+from grao_lightning.language_model.fingerprint import fingerprint
 from grao_lightning.language_model.frozen import FrozenModel, bare, inside
 from grao_lightning.language_model.head import Weigh
 from grao_lightning.language_model.loading import (
     ModelSource,
-    fingerprint,
     load_model,
     model_fault,
     source_name,
@@ -34,6 +35,7 @@ from grao_lightning.language_model.sharing import (
     silence_router_losses,
     tell_dropout,
 )
+from grao_lightning.language_model.transfer import sent
 from grao_lightning.metrics.outcomes import GainKind, TiesAs
 from grao_lightning.modules.step import Mode, StepModule, StepSettings
 from grao_lightning.modules.validation import MetricSet, ValidationMetrics
@@ -61,11 +63,12 @@ class AlignmentModule(StepModule):
     Subclasses write ``training_step`` and call `ascend` and `finish_step` in it.
 
     Args:
-        policy: Model to train: hub name, folder, ``.gguf`` file or ``embedded:keywords``. In Python
-            also a loaded model of transformers, which is trained in place.
+        policy: Model to train: hub name, folder, ``.gguf`` file or ``embedded:keywords``; or
+            the folder of an adapter (peft), which ``lora`` trains on, and which is merged into its
+            model without. In Python also a loaded model of transformers, trained in place.
         reference_model: Frozen model for drift, clipping and NAG's untrained base: "policy" (a copy
-            of the policy before training), another source or, in Python, model, or null (none of
-            these then).
+            of the policy before training; with ``lora`` the policy itself without what is trained),
+            another source or, in Python, model, or null (none of these then).
         logprob_temperature: Divides the logits in training. 1 trains the policy itself, whatever
             temperature samples it.
         ties_as: What a tie counts as in RAS: win, half or loss.
@@ -173,40 +176,51 @@ class AlignmentModule(StepModule):
         self.own_tokenizer()
         self.policy = self._loaded("policy")
         self.check_vocabulary()
-        if self.reference_model_source == "policy" and self.sharding is not None:
-            copied = self._loaded("policy", tell=False)  # parts on several ranks cannot be copied
-            decide_alike(self.policy, copied)
-            self.reference_model = FrozenModel(copied)
-        elif self.reference_model_source == "policy":
-            copied = deepcopy(self.policy)
-            decide_alike(self.policy, copied)
-            self.reference_model = FrozenModel(copied)
-        elif self.reference_model_source is not None:
-            self.reference_model = FrozenModel(self._loaded("reference_model"))
+        with torch.no_grad():
+            inside(self.policy, tell_dropout)
+        self.reference_model = self._frozen_model()
         if self.gradient_checkpointing:
             self.policy.gradient_checkpointing_enable({"use_reentrant": False})
         if not all(isinstance(source, str | None) for source in self._sources.values()):
-            self._fingerprint = fingerprint(bare(self.reference_model or self.policy))
+            before = isinstance(self.reference_model, BeforeTraining)
+            frozen = bare(self.reference_model or self.policy)
+            self._fingerprint = self._base_fingerprint if before else fingerprint(frozen)
 
-    def _loaded(self, name: str, *, tell: bool = True) -> Any:
+    def _frozen_model(self) -> FrozenModel | None:
+        """Return the reference model: the policy before training is within one with adapters."""
+        if self.reference_model_source is None:
+            return None
+        if self.reference_model_source != "policy":
+            return FrozenModel(self._loaded("reference_model"))
+        if self.adapters is not None:
+            return BeforeTraining(self.policy, self.adapters.start)
+        # Parts on several ranks cannot be copied.
+        copied = self._loaded("policy") if self.sharding else deepcopy(self.policy)
+        decide_alike(self.policy, copied)
+        return FrozenModel(copied)
+
+    def _loaded(self, name: str) -> Any:
         """Return the model of a setting, with the attention asked for."""
         source, asked = self._sources[name], self.attn_implementation
+        if name == "policy" and self.lora is not None:
+            source = self.base_source  # its adapters are no part of it
         if isinstance(source, str):
-            options = {"attn_implementation": asked} if asked else {}
+            options: dict[str, Any] = {"attn_implementation": asked} if asked else {}
+            options |= self.quantization() if name == "policy" else {}
             model = load_model(f"model.{name}", source, self.sharding, **options)
         else:
             model = source
             if asked or shares_prompts(model):  # as an earlier module left it
                 model.set_attn_implementation(asked or "sdpa")
         silence_router_losses(model)
+        if name == "policy":
+            self.adapt(model)
         with torch.no_grad():
-            inside(model, lambda model: self._try_out(model, tell=tell and name == "policy"))
+            inside(model, self._try_out)
         return model
 
-    def _try_out(self, model: Any, *, tell: bool) -> None:
+    def _try_out(self, model: Any) -> None:
         """Find by trial how a model can be read."""
-        if tell:
-            tell_dropout(model)
         # An attention that was asked for stays: sharing prompts would replace it.
         if self.share_prompts and self.attn_implementation is None:
             share_prompts(model)
@@ -238,10 +252,9 @@ class AlignmentModule(StepModule):
             batch: Gets ``policy_logprobs``; with outward limits ``reference_model_logprobs`` is
                 read.
             rows: R prompts with their answers.
-            coefficients: [R] derivative of the objective by each row's mean log-probability,
-                already divided by counts over all devices.
+            coefficients: [R] on the host, derivative of the objective by each row's mean
+                log-probability, already divided by counts over all devices.
         """
-        coefficients = coefficients.to(self.device)
         if batch.outward_limits is not None:
             batch.statistics.mean("clip_ratio/outward", torch.empty(0))  # ranks without signal too
         collected = self.accumulate(
@@ -277,13 +290,14 @@ class AlignmentModule(StepModule):
         for at, micro_batch in enumerate(micro_batches, start=1):
             numbers = micro_batch.numbers
             weighs = micro_batch.needs_gradient and numbers
-            with torch.set_grad_enabled(micro_batch.needs_gradient):
+            with torch.set_grad_enabled(micro_batch.needs_gradient), self.kept_activations():
                 computed = token_logprobs(
                     self.policy,
                     [rows[number] for number in numbers],
                     temperature=self.logprob_temperature,
                     weigh=weigh_for(numbers) if weighs else None,
                     weigh_rows=weigh_rows,
+                    into_grad=self.owns_gradients,
                 )
             collected.add(numbers, computed)
             if micro_batch.needs_gradient:
@@ -300,8 +314,10 @@ class AlignmentModule(StepModule):
     ) -> Weigh:
         """Return the weight of a token: its row's c_r over its row's length, 0 if masked out."""
         lengths = torch.tensor([len(rows[number].answer_ids) for number in numbers])
-        by_token = coefficients[numbers].repeat_interleave(lengths.to(self.device))
-        weights = by_token / lengths.repeat_interleave(lengths).to(self.device)
+        by_token = coefficients[numbers].repeat_interleave(lengths)
+        by_token, weights = sent(
+            self.device, by_token, by_token / lengths.repeat_interleave(lengths)
+        )
         limits, frozen = batch.outward_limits, batch.reference_model_logprobs
         if limits is None:
             return lambda part, logprobs: weights[part]
@@ -312,8 +328,8 @@ class AlignmentModule(StepModule):
             counts = outward_mask(
                 logprobs, frozen_logprobs[part], by_token[part], low=limits.low, high=limits.high
             )
-            pushed = by_token[part] != 0
-            batch.statistics.mean("clip_ratio/outward", (~counts[pushed]).double())
+            dropped = (~counts).double().where(by_token[part] != 0, torch.nan)
+            batch.statistics.mean("clip_ratio/outward", dropped)
             return weights[part] * counts
 
         return masked
@@ -356,11 +372,10 @@ class RowLogprobs:
 
     def add(self, numbers: list[int], computed: TokenLogprobs) -> None:
         """Keep the tokens of the rows ``numbers``."""
-        lengths = computed.lengths.tolist()
         parts = zip(
             numbers,
-            computed.flat.detach().split(lengths),
-            computed.entropy.split(lengths),
+            computed.flat.detach().split(computed.lengths),
+            computed.entropy.split(computed.lengths),
             strict=True,
         )
         for number, logprobs, entropy in parts:

@@ -17,6 +17,7 @@ from grao_lightning.strategies.sharded import ShardedStrategy
 
 _STAGES = (GroupSampling, GroupScoring, ReferenceAwareClipping)
 _MADE = "or make the Trainer with grao_lightning.make_trainer"
+_QUANTIZED = ("32-true", "bf16-true", "bf16-mixed")
 _WHOLE = ("32-true", "64-true")
 _MONITORS = ("val/ras", "val/loss", "val/accuracy")  # of one module or another
 
@@ -45,8 +46,10 @@ def run_faults(trainer: Trainer, module: Any, data: Any, command: str | None) ->
         faults.add(*data.faults(trainer.world_size))
     faults.add(*_stage_faults(trainer, module))
     faults.add(*_trainer_faults(trainer, command))
+    faults.add(*_offload_faults(trainer, module))
     faults.add(*_clipping_faults(trainer, module))
     faults.add(*_precision_faults(trainer, module))
+    faults.add(_quantization_fault(trainer, module))
     faults.add(*_sharding_faults(trainer, module))
     faults.add(*_monitor_faults(trainer, module))
     faults.add(*_last_checkpoint_faults(trainer))
@@ -172,11 +175,28 @@ def _sharding_faults(trainer: Trainer, module: Any) -> Faults:
     if not isinstance(trainer.strategy, ShardedStrategy):
         return faults
     faults.add(*trainer.strategy.faults())
+    if module.optimizer != "adamw" or module.stochastic_rounding:
+        faults.add(
+            "model.optimizer must be adamw, without model.stochastic_rounding, with "
+            "trainer.strategy=fsdp2: its checkpoints have not been seen to hold moments of fewer "
+            f"bits; got {module.optimizer}: remove the settings"
+        )
+    if module.activation_offload:
+        faults.add(
+            "model.activation_offload must be false with trainer.strategy=fsdp2, whose gathered "
+            "weights it would take for activations; got true: use model.gradient_checkpointing"
+        )
     if module.master_weights:
         faults.add(
             "model.master_weights must be false with trainer.strategy=fsdp2, whose checkpoints "
             "would lose them; got true: remove it and set trainer.precision=bf16-mixed, which "
             "keeps the weights in float32 and computes in bfloat16"
+        )
+    if module.lora is not None and module.lora.quantize is not None:
+        faults.add(
+            "model.lora.quantize must be null with trainer.strategy=fsdp2, which has not been seen "
+            f"to deal out {module.lora.quantize} weights rightly; got {module.lora.quantize}: use "
+            "ddp, or remove it"
         )
     for name, source in module.sources.items():
         if not isinstance(source, str | None):
@@ -186,6 +206,29 @@ def _sharding_faults(trainer: Trainer, module: Any) -> Faults:
                 "save it with save_pretrained(folder) and give the folder"
             )
     return faults
+
+
+def _offload_faults(trainer: Trainer, module: Any) -> Faults:
+    faults = Faults()
+    device = trainer.strategy.root_device.type
+    if module.activation_offload and device != "cuda":
+        faults.add(
+            "model.activation_offload must be false where activations are in the host's memory "
+            f"already; got true with trainer.accelerator={device}: remove it, or recompute them by "
+            "model.gradient_checkpointing=true"
+        )
+    return faults
+
+
+def _quantization_fault(trainer: Trainer, module: Any) -> str | None:
+    """Return that a run computes in a precision in which few-bit weights are not multiplied."""
+    precision = str(trainer.precision)
+    if module.lora is None or module.lora.quantize is None or precision in _QUANTIZED:
+        return None
+    return (
+        f"trainer.precision must be one of {', '.join(_QUANTIZED)} with model.lora.quantize="
+        f"{module.lora.quantize}; got {precision}"
+    )
 
 
 def _never_validates(trainer: Trainer) -> bool:
@@ -203,8 +246,15 @@ def _precision_faults(trainer: Trainer, module: Any) -> Faults:
             f"got true with trainer.precision={precision}: remove it, or set "
             "trainer.precision=bf16-true"
         )
+    if module.stochastic_rounding and (precision != "bf16-true" or module.lora is not None):
+        what = precision if module.lora is None else f"{precision} and model.lora"
+        faults.add(
+            "model.stochastic_rounding must be false where what is trained is not bfloat16 and no "
+            f"step rounds away; got true with trainer.precision={what}: remove it"
+        )
     dtype = getattr(module.trained_source, "dtype", None)
-    if dtype in (torch.bfloat16, torch.float16) and precision not in ("bf16-true", "16-true"):
+    small = dtype in (torch.bfloat16, torch.float16) and module.lora is None
+    if small and precision not in ("bf16-true", "16-true"):
         faults.add(
             f"{module.source_setting} must have float32 weights with trainer.precision="
             f"{precision}, since small steps round away in {str(dtype)[6:]}; got "

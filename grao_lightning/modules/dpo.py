@@ -12,6 +12,7 @@ from grao_lightning.language_model.frozen import bare
 from grao_lightning.language_model.head import Weigh, weigh_by_gradient
 from grao_lightning.language_model.logprobs import frozen_logprobs, split_together
 from grao_lightning.language_model.sharded import passes_over_ranks
+from grao_lightning.language_model.transfer import sent
 from grao_lightning.metrics.outcomes import MeanWithInterval, ShareWithInterval
 from grao_lightning.modules.base import AlignmentModule, AlignmentSettings
 from grao_lightning.modules.checks import check_pairs
@@ -52,7 +53,7 @@ class DPOModule(AlignmentModule):
     ) -> None:
         super().__init__(**base_settings)
         self.settings = DPOSettings(kind, beta, label_smoothing)
-        self._frozen_sums: dict[int, tuple[float, float]] = {}
+        self._frozen_sums: dict[int, list[float]] = {}
         self._frozen_validation: dict[tuple[int, ...], Tensor] = {}
         means = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "base_loss")
         self.answer_metrics = MetricSet(
@@ -96,17 +97,18 @@ class DPOModule(AlignmentModule):
         """Take one step on a batch of pairs."""
         rows, num_pairs = self.rows(batch), len(batch)
         frozen = self._frozen(batch, rows)  # [2B]
-        lengths = torch.tensor([len(row.answer_ids) for row in rows], device=self.device)
+        lengths = torch.tensor([len(row.answer_ids) for row in rows])
         total = self.global_sum(num_pairs)
 
         def weigh_for(numbers: list[int]) -> Weigh:
-            of_rows = torch.arange(len(numbers), device=self.device)
-            row = of_rows.repeat_interleave(lengths[numbers])
+            sizes = lengths[numbers]
+            row = torch.arange(len(numbers)).repeat_interleave(sizes)
+            row, sizes, places = sent(self.device, row, sizes, torch.tensor(numbers))
 
             def loss(_: slice, logprobs: Tensor) -> Tensor:
                 sums = logprobs.new_zeros(len(numbers)).index_add(0, row, logprobs)
-                ratios = sums - frozen[numbers].to(sums)
-                pairs = (*_by_pair(ratios), *_by_pair(lengths[numbers]))
+                ratios = sums - frozen[places].to(sums)
+                pairs = (*_by_pair(ratios), *_by_pair(sizes))
                 return dpo_loss(*pairs, self.settings).sum() / total
 
             return weigh_by_gradient(loss)
@@ -115,7 +117,8 @@ class DPOModule(AlignmentModule):
         micro_batches = split_together(self.policy, rows, pairs, self.micro_batch_tokens)
         computed = self.accumulate(rows, micro_batches, weigh_for, weigh_rows=True)
         sums = torch.stack([logprobs.sum() for logprobs in computed.logprobs])
-        self._note(batch, sums, frozen, lengths)
+        self._note(batch, sums, frozen, *sent(self.device, lengths))
+        self._keep(batch, frozen)
         batch.statistics.mean("entropy", torch.cat(computed.entropies[:num_pairs]))
         self.finish_step(batch)
 
@@ -132,11 +135,19 @@ class DPOModule(AlignmentModule):
         }
         (most,) = passes_over_ranks(bare(self.reference_model), len(unread))
         pairs = [*unread.values(), *[[]] * (most - len(unread))]
-        found = [self._frozen_logprobs(pair) for pair in pairs]
-        for index, (chosen, rejected) in zip(unread, found, strict=False):
-            self._frozen_sums[index] = (chosen.sum().item(), rejected.sum().item())
-        sums = [self._frozen_sums[index] for index in batch.indices]
-        return torch.tensor(sums, dtype=torch.double).t().flatten()
+        passes = [self._frozen_logprobs(pair) for pair in pairs]
+        kept = [index for index in batch.indices if index in self._frozen_sums]
+        known = torch.tensor([self._frozen_sums[index] for index in kept], dtype=torch.double)
+        found = dict(zip(kept, sent(self.device, known)[0], strict=True))
+        for index, both in zip(unread, passes, strict=False):
+            found[index] = torch.stack([logprobs.sum() for logprobs in both]).double()
+        return torch.stack([found[index] for index in batch.indices], dim=1).flatten()
+
+    def _keep(self, batch: PromptBatch, frozen: Tensor) -> None:
+        """Keep what `_frozen` found, read from the device in one piece once the step is formed."""
+        if any(index not in self._frozen_sums for index in batch.indices):
+            found = frozen.view(2, -1).t().tolist()
+            self._frozen_sums |= dict(zip(batch.indices, found, strict=True))
 
     def _frozen_logprobs(self, rows: list[TokenRow]) -> list[Tensor]:
         return frozen_logprobs(

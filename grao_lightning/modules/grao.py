@@ -7,6 +7,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from grao_lightning.batch import PromptBatch, TokenRow
+from grao_lightning.language_model.transfer import sent
 from grao_lightning.modules.base import AlignmentModule, AlignmentSettings, RowLogprobs
 from grao_lightning.modules.step import Charts
 from grao_lightning.objectives.grao import (
@@ -76,11 +77,12 @@ class GRAOModule(AlignmentModule):
     def _note_terms(self, batch: PromptBatch, coefficients: Tensor, computed: RowLogprobs) -> None:
         assert batch.advantages is not None and batch.completions is not None
         num_completions = len(batch.completions.ids)
-        means = computed.means.cpu()
+        means = computed.means
+        (advantages,) = sent(means.device, batch.advantages)
         mean_logprobs = torch.cat(
             [means[:num_completions].view(len(batch), -1), means[num_completions:, None]], dim=1
         )
-        terms = grao_terms_per_prompt(mean_logprobs, batch.advantages, self.weights)
+        terms = grao_terms_per_prompt(mean_logprobs, advantages, self.weights)
         note = batch.statistics.mean
         for name in ("exploration", "imitation", "regularizer", "total"):
             note(f"objective/{name}", getattr(terms, name))

@@ -8,6 +8,7 @@ from typing_extensions import Unpack
 
 from grao_lightning.batch import PromptBatch
 from grao_lightning.faults import Faults
+from grao_lightning.language_model.transfer import sent
 from grao_lightning.modules.rollout import CLIPPED, RolloutModule, RolloutSettings, Tokens
 from grao_lightning.modules.step import Charts
 from grao_lightning.objectives.grpo import (
@@ -63,30 +64,34 @@ class GRPOModule(RolloutModule):
         """Take the updates of equation 3 on a sampled and scored batch."""
         assert batch.advantages is not None, "GroupScoring has not filled batch.advantages"
         assert batch.completions is not None, "GroupSampling has not filled batch.completions"
-        advantages = batch.advantages[:, :-1].flatten().to(self.device)  # [N]
+        advantages = batch.advantages[:, :-1].flatten()  # [N]
         lengths = batch.completions.lengths.double()
         if self.mask_truncated_completions:
             lengths[batch.completions.truncated_mask] = 0.0
         limit = batch.completions.max_tokens
         total = self.global_sum(weight_total(lengths, self.aggregation, limit))
-        weights = (token_weights(lengths, self.aggregation) / max(total, 1.0)).to(self.device)
+        weights = token_weights(lengths, self.aggregation) / max(total, 1.0)
+        teaches = (weights != 0) & ((advantages != 0) | torch.tensor(self.kl_weight != 0))
+        (of_rows,), (weights,) = (sent(self.device, part) for part in (advantages, weights))
         settings = GRPOSettings(self.eps_low, self.eps_high, self.ratio, self.kl_weight)
+        frozen = None
+        if self.kl_weight:
+            assert batch.reference_model_logprobs is not None, "ReferenceAwareClipping fills it"
+            frozen = torch.cat(batch.reference_model_logprobs)
 
         def token_loss(tokens: Tokens, logprobs: Tensor, old: Tensor) -> Tensor:
-            of_tokens, row = tokens.of_rows(advantages), tokens.row.to(self.device)
-            ratio = policy_ratio(logprobs.detach(), old, row, settings.ratio)
+            of_tokens = tokens.of_rows(of_rows)
+            ratio = policy_ratio(logprobs.detach(), old, tokens.row, settings.ratio)
             self.note_clipped(batch, ratio, of_tokens)
-            frozen = batch.reference_model_logprobs if self.kl_weight else None
             loss = grpo_token_loss(
                 logprobs,
                 old,
                 of_tokens,
-                row,
+                tokens.row,
                 settings,
                 None if frozen is None else tokens.of_tokens(frozen),
             )
             return tokens.of_rows(weights) * loss
 
-        teaches = (advantages != 0) | torch.tensor(self.kl_weight != 0, device=self.device)
-        self.learn(batch, token_loss, (weights != 0) & teaches, weigh_rows=self.ratio == "sequence")
+        self.learn(batch, token_loss, teaches.tolist(), weigh_rows=self.ratio == "sequence")
         self.finish_step(batch)

@@ -1,40 +1,171 @@
-"""AdamW on float32 master weights, for models whose own weights are bfloat16. Pure: torch only.
+"""AdamW in several precisions: of its moments, of the weights it works on, of how they are rounded.
 
 A bfloat16 has 8 significant bits: an update below about 1/512 of a weight rounds away, and at a
-learning rate of 1e-6 most do. The masters keep what the model's weights cannot show yet.
+learning rate of 1e-6 most do. Masters keep what the model's weights cannot show yet; stochastic
+rounding shows it now and then. Moments of 8 or 4 bits are torchao's (arXiv 2110.02861).
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
+
+from grao_lightning.randomness import run_seed
+
+OptimizerName = Literal["adamw", "adamw_8bit", "adamw_4bit"]
+OPTIMIZERS: tuple[str, ...] = get_args(OptimizerName)
 
 #: Parameters whose gradients stand in float32 at the same time.
 AT_ONCE = 16
 
+_IN_TORCHAO = {"adamw_8bit": "AdamW8bit", "adamw_4bit": "AdamW4bit"}
 
-class MasterWeightsAdamW(Optimizer):
-    """AdamW whose arithmetic, moments and weights are float32; the model gets the weights rounded.
+
+def optimizer_fault(
+    name: str, master_weights: bool, stochastic_rounding: bool, package: str = "torchao"
+) -> str | None:
+    """Return what is wrong with the choice of an optimiser, None if nothing is.
+
+    Args:
+        name: One of `OPTIMIZERS`.
+        master_weights: Whether it works on float32 copies of the weights.
+        stochastic_rounding: Whether weights are rounded by chance.
+        package: That must be there for all but the plain AdamW.
+    """
+    if master_weights and stochastic_rounding:
+        return (
+            "model.stochastic_rounding must be false with model.master_weights, which rounds "
+            "nothing away; got true with both: remove one of them"
+        )
+    asked = "model.stochastic_rounding=true" if stochastic_rounding else f"model.optimizer={name}"
+    if (name in _IN_TORCHAO or stochastic_rounding) and find_spec(package) is None:
+        return (
+            f"{asked} needs {package}, which is not installed: pip install "
+            "'grao-lightning[low-bit]', or remove the setting"
+        )
+    return None
+
+
+def make_optimizer(
+    name: str,
+    parameters: Sequence[Tensor],
+    *,
+    master_weights: bool,
+    stochastic_rounding: bool,
+    fused: bool,
+    **options: Any,
+) -> Optimizer:
+    """Return an optimiser of the parameters that require a gradient.
+
+    Args:
+        name: One of `OPTIMIZERS`.
+        parameters: Trained are those that require a gradient now.
+        master_weights: Whether it works on float32 copies of them.
+        stochastic_rounding: Whether bfloat16 weights are rounded by chance.
+        fused: Whether a plain AdamW may take one kernel for all.
+        **options: Learning rate, weight decay and betas.
+    """
+    make: Callable[..., Optimizer]
+    if name == "adamw" and not stochastic_rounding:
+        make = AdamW
+        options["fused"] = fused
+    else:
+        make = low_bit_adamw
+        options |= {"name": name, "stochastic_rounding": stochastic_rounding}
+    if master_weights:
+        return MasterWeights(parameters, make, **options)
+    return make(parameters, **options)
+
+
+def low_bit_adamw(
+    parameters: Iterable[Tensor], *, name: str, stochastic_rounding: bool, **options: Any
+) -> Optimizer:
+    """Return torchao's AdamW, made fit for schedules, for checkpoints and for several ranks.
+
+    Args:
+        parameters: To be trained.
+        name: One of `OPTIMIZERS`.
+        stochastic_rounding: Whether bfloat16 weights are rounded by chance: the same on all ranks
+            and in a resumed run, for what is drawn is a function of seed and step.
+        **options: Learning rate, weight decay and betas.
+    """
+    import torchao.optim
+
+    base: Any = getattr(torchao.optim, _IN_TORCHAO.get(name, "_AdamW"))
+
+    class LowBitAdamW(base):
+        def step(self, closure: Callable[[], Any] | None = None) -> Any:
+            result = None
+            if closure is not None:
+                with torch.enable_grad():
+                    result = closure()
+            for group in self.param_groups:  # a number where a schedule or an AdamW left one
+                group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32)
+            drawn = _drawn_from(self._steps(), parameters) if stochastic_rounding else nullcontext()
+            with drawn:
+                super().step()
+            return result
+
+        def _steps(self) -> int:
+            return int(max((state["step"] for state in self.state.values()), default=0))
+
+    optimizer: Optimizer = LowBitAdamW(
+        parameters, bf16_stochastic_round=stochastic_rounding, **options
+    )
+    return optimizer
+
+
+@contextmanager
+def _drawn_from(step: int, parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Make random numbers a function of seed, step and shard; leave all others as they are.
+
+    Ranks that hold the same weights must round them alike; shards of one weight need not.
+    """
+    shards: tuple[int, ...] = ()
+    devices = set()
+    for parameter in parameters:
+        devices.add(parameter.device)
+        if isinstance(parameter, DTensor):
+            coordinate = parameter.device_mesh.get_coordinate() or ()
+            placed = zip(coordinate, parameter.placements, strict=True)
+            shards = tuple(at for at, placement in placed if placement.is_shard())
+    cuda = [device for device in devices if device.type == "cuda"]
+    with torch.random.fork_rng(cuda):
+        torch.manual_seed(hash((run_seed(), step, *shards)) % 2**63)
+        yield
+
+
+class MasterWeights(Optimizer):
+    """An optimiser whose arithmetic and weights are float32; the model gets the weights rounded.
 
     Gradients are read from the parameters, where clipping and DDP find them. Learning rate and all
-    else are read from ``param_groups``, as schedules set them. The checkpoint is that of an AdamW
-    on the masters, which stand beside it: either kind of optimiser loads the other's.
+    else are read from ``param_groups``, as schedules set them. The checkpoint is that of an
+    optimiser on the masters, which stand beside it: either kind loads the other's.
 
-    Costs 16 bytes a parameter with weights and gradients, as float32 training does, where a
+    Costs 16 bytes a parameter with AdamW, weights and gradients, as float32 training does, where a
     bfloat16 AdamW takes 8.
 
     Args:
         parameters: Trained are those that require a gradient now.
-        **options: Of `torch.optim.AdamW`.
+        make: Optimiser of the masters, with one group.
+        **options: Of ``make``.
     """
 
-    def __init__(self, parameters: Iterable[Tensor], **options: Any) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],
+        make: Callable[..., Optimizer] = AdamW,
+        **options: Any,
+    ) -> None:
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         self._masters = [_as_master(parameter) for parameter in trained]
-        self._adamw = AdamW(self._masters, **options)
-        super().__init__(trained, self._adamw.defaults)
+        self._inner = make(self._masters, **options)
+        super().__init__(trained, self._inner.defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -52,30 +183,43 @@ class MasterWeightsAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-        self._pass_settings(self, self._adamw)
-        pairs = list(zip(self.param_groups[0]["params"], self._masters, strict=True))
+        self._pass_settings(self, self._inner)
+        pairs = [
+            (parameter, master)
+            for parameter, master in zip(self.param_groups[0]["params"], self._masters, strict=True)
+            if parameter.grad is not None
+        ]
         for first in range(0, len(pairs), AT_ONCE):
-            part = pairs[first : first + AT_ONCE]
-            for parameter, master in part:
-                if parameter.grad is not None:
-                    master.grad = parameter.grad.to(master.dtype)
-            self._adamw.step()  # of those that have a gradient
-            for parameter, master in part:
-                master.grad = None
-                parameter.copy_(master)
+            self._step_part(pairs[first : first + AT_ONCE])
         return result
 
+    def _step_part(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Take the step of some parameters; the inner optimiser knows no others meanwhile."""
+        group = self._inner.param_groups[0]
+        for parameter, master in pairs:
+            assert parameter.grad is not None
+            master.grad = parameter.grad.to(master.dtype)
+        group["params"] = [master for _, master in pairs]
+        try:
+            self._inner.step()
+        finally:
+            group["params"] = self._masters
+        for parameter, master in pairs:
+            master.grad = None
+            parameter.copy_(master)
+
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of AdamW, the settings and, as ``master_weights``, the masters."""
+        """Return the inner state, the settings and, as ``master_weights``, the masters."""
         settings = super().state_dict()["param_groups"]
-        state = self._adamw.state_dict()["state"]
+        state = self._inner.state_dict()["state"]
         return {"state": state, "param_groups": settings, "master_weights": self._masters}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore moments and masters; these become the parameters where an AdamW saved none."""
-        self._adamw.load_state_dict(state_dict)
-        self._pass_settings(self._adamw, self)
+        """Restore moments and masters; these become the parameters where none were saved."""
+        self._inner.load_state_dict(state_dict)
+        self._masters = self._inner.param_groups[0]["params"]
+        self._pass_settings(self._inner, self)
         saved = state_dict.get("master_weights", self.param_groups[0]["params"])
         for master, value in zip(self._masters, saved, strict=True):
             master.copy_(value)

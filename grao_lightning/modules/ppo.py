@@ -1,6 +1,5 @@
 """PPO: advantages by token from a value head on the policy's own states."""
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,6 +13,7 @@ from grao_lightning.faults import Faults, UserError
 from grao_lightning.language_model.head import head_obstacle
 from grao_lightning.language_model.logprobs import TokenLogprobs, at_least_float32, frozen_passes
 from grao_lightning.language_model.sharded import shards_of
+from grao_lightning.language_model.transfer import sent
 from grao_lightning.modules.rollout import CLIPPED, RolloutModule, RolloutSettings, Tokens
 from grao_lightning.modules.step import Charts
 from grao_lightning.objectives.ppo import (
@@ -32,15 +32,17 @@ class _Rollout:
     Attributes:
         logprobs: Nats.
         values: Reward units.
-        advantages: Whitened over the tokens of all devices, 0 in rows without a score.
+        advantages: Whitened over the tokens of all devices, NaN in rows without a score.
         returns: Reward units.
-        num_tokens: That count, over all devices.
+        scored: Whether a row has a score.
+        num_tokens: Of those that have, over all devices.
     """
 
     logprobs: list[Tensor]
     values: list[Tensor]
     advantages: list[Tensor]
     returns: list[Tensor]
+    scored: list[bool]
     num_tokens: float
 
 
@@ -130,10 +132,11 @@ class PPOModule(RolloutModule):
         rollout = self._read_rollout(batch)
         low, high = 1 - self.eps_low, 1 + self.eps_high
         counts = [~advantages.isnan() for advantages in rollout.advantages]
+        of_all, old_logprobs = torch.cat(rollout.advantages), torch.cat(rollout.logprobs)
 
         def token_loss(tokens: Tokens, logprobs: Tensor, old: Tensor) -> Tensor:
-            advantages = tokens.of_tokens(rollout.advantages).nan_to_num(0.0)
-            ratio = policy_ratio(logprobs, old, tokens.row.to(self.device))
+            advantages = tokens.of_tokens(of_all).nan_to_num(0.0)
+            ratio = policy_ratio(logprobs, old, tokens.row)
             self.note_clipped(batch, ratio, advantages)
             return clipped_loss(ratio, advantages, low, high) / rollout.num_tokens
 
@@ -148,8 +151,7 @@ class PPOModule(RolloutModule):
             return self.value_weight * loss.sum() / rollout.num_tokens
 
         batch.statistics.mean("value/loss", torch.empty(0))  # all ranks note it
-        present = torch.stack([row.any() for row in counts])
-        self.learn(batch, token_loss, present, old_logprobs=rollout.logprobs, beside=value_loss)
+        self.learn(batch, token_loss, rollout.scored, old_logprobs=old_logprobs, beside=value_loss)
         self._adapt(batch, rollout)
         self.finish_step(batch)
 
@@ -157,6 +159,7 @@ class PPOModule(RolloutModule):
         assert batch.compared is not None, "GroupScoring has not filled batch.compared"
         rows = self.rows(batch)
         logprobs, values = self._read(rows)
+        lengths = [len(row) for row in logprobs]
         mask = pad_sequence([torch.ones_like(row) for row in logprobs], batch_first=True).bool()
         old_values = pad_sequence(values, batch_first=True)
         drift = torch.zeros_like(old_values)
@@ -164,21 +167,28 @@ class PPOModule(RolloutModule):
             assert batch.reference_model_logprobs is not None, "ReferenceAwareClipping fills it"
             pairs = zip(logprobs, batch.reference_model_logprobs, strict=True)
             drift = pad_sequence([own - frozen for own, frozen in pairs], batch_first=True)
-        scores = batch.compared[:, :-1].flatten().to(old_values)
+        of_host = batch.compared[:, :-1].flatten()
+        scored = (~of_host.isnan()).tolist()
+        scores = sent(self.device, of_host)[0].to(old_values.dtype)
         rewards = token_rewards(scores.nan_to_num(0.0), drift, mask, self.kl_weight)
         advantages = generalized_advantages(
             rewards, old_values, mask, discount=self.discount, trace=self.trace
         )
         returns = advantages + old_values
         counted = mask & ~scores.isnan()[:, None]
-        whitened, num_tokens = self._whitened(advantages, counted)
-        self._note_values(batch, old_values[counted], returns[counted])
-        lengths = mask.sum(dim=1).tolist()
+        # Every row has a token, so a row counts if its score does.
+        num_tokens = self.global_sum(sum(n for n, has in zip(lengths, scored, strict=True) if has))
+        whitened = self._whitened(advantages, counted, max(num_tokens, 1.0))
+        self._note_values(
+            batch, *(part.where(counted, torch.nan) for part in (old_values, returns))
+        )
 
         def unpadded(padded: Tensor) -> list[Tensor]:
             return [row[:length] for row, length in zip(padded, lengths, strict=True)]
 
-        return _Rollout(logprobs, values, unpadded(whitened), unpadded(returns), num_tokens)
+        return _Rollout(
+            logprobs, values, unpadded(whitened), unpadded(returns), scored, max(num_tokens, 1.0)
+        )
 
     def _read(self, rows: list[TokenRow]) -> tuple[list[Tensor], list[Tensor]]:
         """Return log-probabilities and values of every row's tokens, without gradients."""
@@ -187,7 +197,7 @@ class PPOModule(RolloutModule):
             self.policy, rows, self.micro_batch_tokens, temperature=self.logprob_temperature
         )
         for numbers, computed in passes:
-            of_rows = self._values(computed).detach().split(computed.lengths.tolist())
+            of_rows = self._values(computed).detach().split(computed.lengths)
             for number, own, value in zip(numbers, computed.by_row(), of_rows, strict=True):
                 logprobs[number], values[number] = own, value
         return logprobs, values
@@ -196,14 +206,19 @@ class PPOModule(RolloutModule):
         assert computed.states is not None, "configure_model refuses such models"
         return at_least_float32(self.value_head(computed.states)[:, 0])
 
-    def _whitened(self, advantages: Tensor, counted: Tensor) -> tuple[Tensor, float]:
-        """Return advantages of mean 0 and variance 1, NaN where not counted, and the count."""
-        chosen = advantages[counted].double()
-        number = max(self.global_sum(len(chosen)), 1.0)
-        mean = self.global_sum(chosen.sum().item()) / number
-        variance = self.global_sum((chosen - mean).square().sum().item()) / number
-        whitened = (advantages - mean) / (math.sqrt(variance) + 1e-8)
-        return whitened.where(counted, torch.nan), number
+    def _whitened(self, advantages: Tensor, counted: Tensor, number: float) -> Tensor:
+        """Return advantages of mean 0 and variance 1 over ``number`` tokens, NaN where not counted.
+
+        Nothing is read from the device.
+        """
+
+        def mean(values: Tensor) -> Tensor:
+            return self.reduce_over_ranks(values.where(counted, 0.0).sum(), "sum") / number
+
+        chosen = advantages.double()
+        centre = mean(chosen)
+        spread = mean((chosen - centre).square()).sqrt() + 1e-8
+        return ((advantages - centre) / spread).where(counted, torch.nan)
 
     def _note_values(self, batch: PromptBatch, values: Tensor, returns: Tensor) -> None:
         note = batch.statistics.mean
@@ -216,12 +231,10 @@ class PPOModule(RolloutModule):
         if self.kl_target is None:
             return
         assert batch.reference_model_logprobs is not None
-        drift = sum(
-            (own - frozen).sum().item()
-            for own, frozen in zip(rollout.logprobs, batch.reference_model_logprobs, strict=True)
-        )
+        pairs = zip(rollout.logprobs, batch.reference_model_logprobs, strict=True)
+        drift = torch.stack([(own - frozen).sum() for own, frozen in pairs])
         number = self.global_sum(len(rollout.logprobs))
-        kl = self.global_sum(drift) / number
+        kl = self.global_sum(sum(drift.tolist())) / number
         self.kl_weight = adapted_kl_weight(
             self.kl_weight, kl, self.kl_target, int(number), self.kl_horizon
         )

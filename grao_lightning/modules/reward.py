@@ -25,6 +25,7 @@ from grao_lightning.language_model.scores import (
     with_room,
 )
 from grao_lightning.language_model.sharing import share_prompts, shares_prompts
+from grao_lightning.language_model.transfer import sent
 from grao_lightning.metrics.outcomes import Estimate
 from grao_lightning.metrics.pairs import PairMetrics, ReliabilityBin
 from grao_lightning.modules.checks import check_pairs
@@ -46,9 +47,10 @@ class RewardModule(StepModule):
 
     Args:
         backbone: Model whose states are scored: hub name, folder, ``.gguf`` file or
-            ``embedded:keywords``. A reward model goes on being trained; the head of anything else
-            starts from small random numbers that depend on the seed alone. In Python also a loaded
-            sequence classification model of one label, which is trained in place.
+            ``embedded:keywords``, or the folder of an adapter (peft). A reward model goes on being
+            trained; the head of anything else starts from small random numbers that depend on the
+            seed alone. In Python also a loaded sequence classification model of one label, which is
+            trained in place.
         margin: Log-odds by which the chosen answer must lead before a pair counts as told.
         margin_column: Column of the data that holds each pair's own margin; null = none.
         label_smoothing: Share of pairs thought to be labelled the wrong way round, in [0, 0.5).
@@ -91,6 +93,11 @@ class RewardModule(StepModule):
     def trained_model(self) -> Any:
         """Return the reward model."""
         return self.reward_model
+
+    @property
+    def drops_out(self) -> bool:
+        """Return whether our settings ask for dropout in training."""
+        return self.dropout or super().drops_out
 
     @property
     def validation_monitor(self) -> tuple[str, Mode]:
@@ -141,14 +148,15 @@ class RewardModule(StepModule):
         if self.reward_model is not None:
             return
         self.own_tokenizer()
-        self.reward_model = self._loaded()
+        self.reward_model, made_up = self._loaded()
         self.check_vocabulary()
-        with torch.no_grad():
-            inside(self.reward_model, self._try_out)
         if not self.dropout:
             for part in self.reward_model.modules():
                 if isinstance(part, torch.nn.Dropout):
                     part.p = 0.0
+        self.adapt(self.reward_model, made_up)
+        with torch.no_grad():
+            inside(self.reward_model, self._try_out)
         if self.gradient_checkpointing:
             self.reward_model.gradient_checkpointing_enable({"use_reentrant": False})
 
@@ -159,19 +167,22 @@ class RewardModule(StepModule):
         if reading_of(model) == "last token" and self.share_prompts and not asked:
             share_prompts(model, gives_tokens=False)
 
-    def _loaded(self) -> Any:
-        """Return the model, with the attention asked for."""
+    def _loaded(self) -> tuple[Any, list[str]]:
+        """Return the model, with the attention asked for, and the weights that are random."""
         source, asked = self._sources["backbone"], self.attn_implementation
+        if self.lora is not None:
+            source = self.base_source  # its adapters are no part of it
         if not isinstance(source, str):
             if asked or shares_prompts(source):  # as an earlier module left it
                 source.set_attn_implementation(asked or "sdpa")
-            return source
+            return source, []
         options: dict[str, Any] = {"num_labels": 1}
         if asked:
             options["attn_implementation"] = asked
+        options |= self.quantization()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run_seed())  # of the new head, on every rank and in every run
-            return load_classifier("model.backbone", source, self.sharding, **options)[0]
+            return load_classifier("model.backbone", source, self.sharding, **options)
 
     def on_fit_start(self) -> None:
         """Put the model in training mode, and say what has no effect."""
@@ -193,20 +204,25 @@ class RewardModule(StepModule):
         """Take one step on a batch of pairs."""
         rows, margins = self.rows(batch), self._margins(batch)
         total = self.global_sum(len(rows) / 2)
-        if self.dropout:  # a function of seed, step and rank, so that a resumed run goes on alike
-            seeds = (run_seed(), self.trainer.global_step, self.global_rank)
-            torch.manual_seed(hash(seeds) % 2**63)
         parts = self._micro_batches(rows)
         micro_batches = [part.numbers for part in evened_out(self.reward_model, parts)]
-        scores = torch.empty(len(rows), dtype=torch.double)
+        found: list[Tensor] = []
         for at, numbers in enumerate(micro_batches, start=1):
-            computed = row_scores(self.reward_model, [rows[number] for number in numbers])[:, 0]
-            own = None if margins is None else margins[numbers[0::2]].to(computed)
+            with self.kept_activations():
+                computed = row_scores(self.reward_model, [rows[number] for number in numbers])[:, 0]
+            own = None
+            if margins is not None:
+                own = sent(self.device, margins[numbers[0::2]])[0].to(computed.dtype)
             loss = bradley_terry_loss(computed[0::2], computed[1::2], self.settings, own)
             self.backward_part(loss.sum() / total, is_last=at == len(micro_batches))
-            scores[numbers] = computed.detach().double().cpu()
-        self._note(batch, scores, margins)
+            found.append(computed.detach().double())
+        self._note(batch, self._in_order(found, micro_batches), margins)
         self.finish_step(batch)
+
+    def _in_order(self, found: list[Tensor], micro_batches: list[list[int]]) -> Tensor:
+        """Return the scores of all rows, [R] float64, from those of each micro-batch."""
+        places = torch.tensor([number for numbers in micro_batches for number in numbers])
+        return torch.cat(found)[sent(self.device, places.argsort())[0]]
 
     def _micro_batches(self, rows: list[TokenRow]) -> list[MicroBatch]:
         """Return rows by forward pass, a pair's chosen and rejected answer side by side."""
@@ -241,7 +257,7 @@ class RewardModule(StepModule):
     def _note(self, batch: PromptBatch, scores: Tensor, margins: Tensor | None) -> None:
         chosen, rejected = scores.view(2, -1)
         note, lead = batch.statistics.mean, chosen - rejected
-        own = None if margins is None else margins.double()
+        own = None if margins is None else sent(scores.device, margins.double())[0]
         note("loss", bradley_terry_loss(chosen, rejected, self.settings, own))
         note("accuracy", (lead > 0).double() + 0.5 * (lead == 0).double())
         note("margin", lead)
@@ -253,11 +269,13 @@ class RewardModule(StepModule):
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Take in the margins of one batch."""
         rows = self.rows(batch)
-        scores = torch.empty(len(rows), dtype=torch.double)
-        for part in evened_out(self.reward_model, self._micro_batches(rows)):
-            numbers = part.numbers
-            computed = row_scores(self.reward_model, [rows[number] for number in numbers])[:, 0]
-            scores[numbers] = computed.double().cpu()
+        parts = self._micro_batches(rows)
+        micro_batches = [part.numbers for part in evened_out(self.reward_model, parts)]
+        found = [
+            row_scores(self.reward_model, [rows[number] for number in numbers])[:, 0].double()
+            for numbers in micro_batches
+        ]
+        scores = self._in_order(found, micro_batches).cpu()
         lengths = torch.tensor([len(row.answer_ids) for row in rows], dtype=torch.double)
         (chosen, rejected), (of_chosen, of_rejected) = scores.view(2, -1), lengths.view(2, -1)
         self.validation_metrics.update(chosen - rejected, of_chosen - of_rejected)

@@ -1,6 +1,7 @@
 """What GRPO and PPO share: several updates on the completions of one rollout."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from grao_lightning.batch import PromptBatch, TokenRow
 from grao_lightning.faults import Faults
 from grao_lightning.language_model.head import Weigh, weigh_by_gradient
 from grao_lightning.language_model.logprobs import split_by_tokens
+from grao_lightning.language_model.transfer import sent
 from grao_lightning.modules.base import AlignmentModule, AlignmentSettings, Beside
 from grao_lightning.objectives.ratio import is_clipped
 
@@ -21,28 +23,40 @@ TokenLoss = Callable[["Tokens", Tensor, Tensor], Tensor]
 CLIPPED = {"clipped tokens": ["train/clip_ratio/low_mean", "train/clip_ratio/high_mean"]}
 
 
+@dataclass(frozen=True)
 class Tokens:
-    """Tokens of some rows, all rows behind one another, and a slice of them.
+    """K tokens of some rows of a rollout, all rows behind one another.
 
-    Args:
-        numbers: Of the rows.
-        lengths: [R] tokens of every row of the rollout.
-        part: Which of these rows' tokens.
+    Attributes:
+        row: [K] long, the row among these.
+        number: [K] long, the row in the rollout.
+        place: [K] long, the token among those of all rows of the rollout.
     """
 
-    def __init__(self, numbers: Sequence[int], lengths: Tensor, part: slice) -> None:
-        self.numbers = list(numbers)
-        self._part = part
-        self.row = torch.arange(len(self.numbers)).repeat_interleave(lengths[self.numbers])[part]
-        self._row_number = torch.tensor(self.numbers)[self.row]
+    row: Tensor
+    number: Tensor
+    place: Tensor
+
+    @classmethod
+    def of(cls, numbers: list[int], lengths: Tensor, device: torch.device) -> "Tokens":
+        """Return the tokens of the rows ``numbers``, by the lengths [R] of the rollout's rows."""
+        chosen = lengths[numbers]
+        row = torch.arange(len(numbers)).repeat_interleave(chosen)
+        number = torch.tensor(numbers)[row]
+        first_here, first = chosen.cumsum(0) - chosen, lengths.cumsum(0) - lengths
+        place = torch.arange(len(row)) - first_here[row] + first[number]
+        return cls(*sent(device, row, number, place))
+
+    def __getitem__(self, part: slice) -> "Tokens":
+        return Tokens(self.row[part], self.number[part], self.place[part])
 
     def of_rows(self, values: Tensor) -> Tensor:
-        """Return a value a row, [R], as one a token."""
-        return values[self._row_number.to(values.device)]
+        """Return a value a row, [R], as one a token, [K]."""
+        return values[self.number]
 
-    def of_tokens(self, values: list[Tensor]) -> Tensor:
-        """Return the values of these tokens out of one [T] tensor a row."""
-        return torch.cat([values[number] for number in self.numbers])[self._part]
+    def of_tokens(self, values: Tensor) -> Tensor:
+        """Return the values [K] of these tokens out of those of all rows' tokens."""
+        return values[self.place]
 
 
 class _RolloutLoss:
@@ -51,30 +65,37 @@ class _RolloutLoss:
     Args:
         token_loss: Of tokens, weighted.
         rows: Of the rollout.
-        old_logprobs: One [T] tensor a row, under the policy that sampled; None: those of the
+        old_logprobs: Of all rows' tokens, under the policy that sampled; None: those of the
             forward pass at hand.
+        device: Of the policy.
 
     Attributes:
         total: The loss so far.
     """
 
     def __init__(
-        self, token_loss: TokenLoss, rows: Sequence[TokenRow], old_logprobs: list[Tensor] | None
+        self,
+        token_loss: TokenLoss,
+        rows: Sequence[TokenRow],
+        old_logprobs: Tensor | None,
+        device: torch.device,
     ) -> None:
         self._token_loss = token_loss
         self._lengths = torch.tensor([len(row.answer_ids) for row in rows])
         self.old_logprobs = old_logprobs
-        self.total = 0.0
+        self._device = device
+        self.total = torch.zeros((), dtype=torch.double, device=device)
 
     def weigh_for(self, numbers: list[int]) -> Weigh:
         """Return the weights of the tokens of the rows ``numbers``."""
+        of_micro_batch = Tokens.of(numbers, self._lengths, self._device)
 
         def loss(part: slice, logprobs: Tensor) -> Tensor:
-            tokens, old = Tokens(numbers, self._lengths, part), logprobs.detach()
+            tokens, old = of_micro_batch[part], logprobs.detach()
             if self.old_logprobs is not None:
                 old = tokens.of_tokens(self.old_logprobs)
             value = self._token_loss(tokens, logprobs, old).sum()
-            self.total += value.item()
+            self.total += value.detach()
             return value
 
         return weigh_by_gradient(loss)
@@ -151,9 +172,9 @@ class RolloutModule(AlignmentModule):
         self,
         batch: PromptBatch,
         token_loss: TokenLoss,
-        needs_gradient: Tensor,
+        needs_gradient: Sequence[bool],
         *,
-        old_logprobs: list[Tensor] | None = None,
+        old_logprobs: Tensor | None = None,
         weigh_rows: bool = False,
         beside: Beside | None = None,
     ) -> None:
@@ -163,13 +184,13 @@ class RolloutModule(AlignmentModule):
             batch: Sampled and scored; gets ``policy_logprobs`` from before the first update.
             token_loss: Loss of tokens, weighted and divided by counts over all devices.
             needs_gradient: [R] whether a row has any.
-            old_logprobs: One [T] tensor a row, under the policy that sampled; None: those of the
+            old_logprobs: Of all rows' tokens, under the policy that sampled; None: those of the
                 first update's forward pass.
             weigh_rows: Whether a token's loss depends on others of its row.
             beside: Further loss on a micro-batch.
         """
         rows = self.rows(batch)
-        loss = _RolloutLoss(token_loss, rows, old_logprobs)
+        loss = _RolloutLoss(token_loss, rows, old_logprobs, self.device)
         note = batch.statistics.mean
         for name in ("clip_ratio/low_mean", "clip_ratio/high_mean"):
             note(name, torch.empty(0))  # all ranks note it, signal or not
@@ -177,17 +198,18 @@ class RolloutModule(AlignmentModule):
             if number:
                 self.update()
             micro_batches = split_by_tokens(
-                self.policy, rows, needs_gradient.tolist(), self.micro_batch_tokens
+                self.policy, rows, needs_gradient, self.micro_batch_tokens
             )
             collected = self.accumulate(
                 rows, micro_batches, loss.weigh_for, weigh_rows=weigh_rows, beside=beside
             )
             if number == 0:
                 batch.policy_logprobs = collected.logprobs
-                loss.old_logprobs = old_logprobs or collected.logprobs
+                if old_logprobs is None:
+                    loss.old_logprobs = torch.cat(collected.logprobs)
                 note("entropy", torch.cat(collected.entropies))
         share_of_rank = torch.tensor(self.updates_per_rollout / self.trainer.world_size)
-        batch.statistics.share("loss", torch.tensor(loss.total), share_of_rank)
+        batch.statistics.share("loss", loss.total, share_of_rank)
 
     def note_clipped(self, batch: PromptBatch, ratio: Tensor, advantages: Tensor) -> None:
         """Note the shares of tokens that the clipped ratio, [K], leaves without gradient."""

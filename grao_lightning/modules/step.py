@@ -1,22 +1,31 @@
 """What every module shares: one optimiser step a batch, in micro-batches, on all devices."""
 
-import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Literal, TypedDict
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from grao_lightning.batch import PromptBatch
+from grao_lightning.callbacks.phase import clock
 from grao_lightning.callbacks.storage import use_whole_files
 from grao_lightning.data.templates import template_change
 from grao_lightning.faults import Faults, NamedSettings, UserError
+from grao_lightning.language_model.adapter_folders import is_adapter
 from grao_lightning.language_model.checkpoints import no_optimizer_states
 from grao_lightning.language_model.frozen import FrozenModel
 from grao_lightning.language_model.kept import packed_source
-from grao_lightning.language_model.loading import ModelSource, eos_ids, first_mismatch, source_name
+from grao_lightning.language_model.loading import (
+    ModelSource,
+    eos_ids,
+    first_mismatch,
+    has_tokenizer,
+    source_name,
+)
+from grao_lightning.language_model.lora import LoRA, as_lora, as_primitives
+from grao_lightning.language_model.offload import activations_on_host
 from grao_lightning.language_model.sharded import Sharding
 from grao_lightning.language_model.tokenizing import (
     TokenizerSource,
@@ -25,9 +34,17 @@ from grao_lightning.language_model.tokenizing import (
     tokenizer_of,
 )
 from grao_lightning.metrics.outcomes import Estimate
+from grao_lightning.modules.adapted import AdaptedModule
 from grao_lightning.modules.checks import check_run
-from grao_lightning.modules.optimizer import MasterWeightsAdamW
+from grao_lightning.modules.host_memory import give_back_memory
+from grao_lightning.modules.optimizer import (
+    OPTIMIZERS,
+    OptimizerName,
+    make_optimizer,
+    optimizer_fault,
+)
 from grao_lightning.modules.settings import show_settings
+from grao_lightning.randomness import run_seed
 from grao_lightning.strategies.sharded import sharding_of
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -41,17 +58,21 @@ class StepSettings(TypedDict, total=False):
     learning_rate: float
     weight_decay: float
     betas: tuple[float, float]
+    optimizer: OptimizerName
     master_weights: bool
+    stochastic_rounding: bool
     schedule: Schedule
     warmup_steps: int
-    micro_batch_tokens: int
+    micro_batch_tokens: int | None
     gradient_checkpointing: bool
+    activation_offload: bool
     attn_implementation: str | None
     share_prompts: bool
     tokenizer: TokenizerSource | None
+    lora: LoRA | None
 
 
-class StepModule(NamedSettings, LightningModule):
+class StepModule(NamedSettings, AdaptedModule):
     """Takes one optimiser step a batch and logs what it and validation measured.
 
     Optimisation is manual: a batch is split into micro-batches by tokens, and every loss is divided
@@ -63,17 +84,26 @@ class StepModule(NamedSettings, LightningModule):
         learning_rate: Peak learning rate of AdamW.
         weight_decay: Of AdamW, decoupled.
         betas: Of AdamW.
+        optimizer: adamw, or with its moments in fewer bits (needs ``grao-lightning[low-bit]``):
+            adamw_8bit (2 bytes a parameter; adamw has 8 in float32 and 4 in bfloat16), adamw_4bit
+            (1 byte) or, on CUDA, adamw_fp8 (2). Compiled at the first step; slow on CPUs.
         master_weights: Keep float32 copies of the weights in the optimiser, which takes its steps
             on them: for ``trainer.precision=bf16-true``, where small steps round away otherwise.
+        stochastic_rounding: For the same without copies: round the new weights up or down by
+            chance, so that small steps arrive in the mean (needs ``grao-lightning[low-bit]``).
         schedule: Learning rate after warm-up: constant, or falling to 0 at ``trainer.max_steps``.
         warmup_steps: Steps of linear warm-up.
         micro_batch_tokens: Most padded tokens in one forward pass; lower it when memory runs out.
+            null = 1024 on a CPU and 8192 elsewhere, or twice the longest row where that is more.
         gradient_checkpointing: Recompute activations in the backward pass.
+        activation_offload: Keep activations in the host's memory until the backward pass, on CUDA.
         attn_implementation: Of the Hugging Face models, such as flash_attention_2; prompts are
             then not shared.
         share_prompts: Read every prompt once for all that follows it, where the model allows it.
         tokenizer: Hub name or folder, in Python also a loaded one; null = the model's own, of a
             model that is handed over that of the name it was loaded from.
+        lora: Train adapters of low rank and leave the model's own weights as they are, such as
+            {rank: 16}; null = train the whole model.
     """
 
     #: Whether training reads sampled, scored groups (and not only the data's answers).
@@ -87,8 +117,6 @@ class StepModule(NamedSettings, LightningModule):
     #: The models' settings as they were given, the trained one first; set before ``__init__``. A
     #: dict hides models from PyTorch, which would take each for a part of its own.
     _sources: dict[str, Any]
-    #: The setting that names the trained model's source.
-    source_setting = "model.policy"
     #: Its charts on TensorBoard's custom-scalar page: title -> regular expressions of tags.
     charts: ClassVar[Charts] = {"loss": ["train/loss$"]}
 
@@ -97,34 +125,37 @@ class StepModule(NamedSettings, LightningModule):
         learning_rate: float = 1e-6,
         weight_decay: float = 0.01,
         betas: tuple[float, float] = (0.9, 0.999),
+        optimizer: OptimizerName = "adamw",
         master_weights: bool = False,
+        stochastic_rounding: bool = False,
         schedule: Schedule = "constant",
         warmup_steps: int = 0,
-        micro_batch_tokens: int = 8192,
+        micro_batch_tokens: int | None = None,
         gradient_checkpointing: bool = False,
+        activation_offload: bool = False,
         attn_implementation: str | None = None,
         share_prompts: bool = True,
         tokenizer: TokenizerSource | None = None,
+        lora: LoRA | None = None,
     ) -> None:
         super().__init__()
         self._tokenizer_source = tokenizer
-        objects = {
-            name: source_name(source)
-            for name, source in {**self._sources, "tokenizer": tokenizer}.items()
-            if not isinstance(source, str | None)
-        }
-        # Checkpoints hold primitives, and no second copy of a model.
+        self.lora = as_lora(lora)
+        objects = self._as_primitives(tokenizer=tokenizer, lora=lora)
         self.save_hyperparameters(ignore=list(objects))
         self.save_hyperparameters(objects)
         self.automatic_optimization = False
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.betas = betas
+        self.optimizer = optimizer
         self.master_weights = master_weights
+        self.stochastic_rounding = stochastic_rounding
         self.schedule = schedule
         self.warmup_steps = warmup_steps
         self.micro_batch_tokens = micro_batch_tokens
         self.gradient_checkpointing = gradient_checkpointing
+        self.activation_offload = activation_offload
         self.attn_implementation = attn_implementation
         self.share_prompts = share_prompts
         self.reference_model_source: str | None = None
@@ -137,6 +168,16 @@ class StepModule(NamedSettings, LightningModule):
         #: Whether the untrained base, which validation measures, is the start of its curves.
         self._base_is_start = False
         self._packed: Tensor | None = None
+
+    def _as_primitives(self, *, tokenizer: Any, lora: Any) -> dict[str, Any]:
+        """Return the settings that are objects as checkpoints keep them: no second copy of any."""
+        sources = {**self._sources, "tokenizer": tokenizer}
+        objects: dict[str, Any] = {
+            name: source_name(source)
+            for name, source in sources.items()
+            if not isinstance(source, str | None)
+        }
+        return {**objects, "lora": as_primitives(lora)} if isinstance(lora, LoRA) else objects
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Show all settings of a subclass."""
@@ -160,9 +201,10 @@ class StepModule(NamedSettings, LightningModule):
             UserError: It cannot be loaded.
         """
         if self.tokenizer is None:
-            self.tokenizer = tokenizer_of(
-                self.source_setting, self.trained_source, self._tokenizer_source
-            )
+            source = self.trained_source
+            if isinstance(source, str) and is_adapter(source) and not has_tokenizer(source):
+                source = self.base_source
+            self.tokenizer = tokenizer_of(self.source_setting, source, self._tokenizer_source)
         return self.tokenizer
 
     @property
@@ -172,7 +214,7 @@ class StepModule(NamedSettings, LightningModule):
 
     def eos_ids(self) -> tuple[int, ...]:
         """Return every token id that ends a sequence."""
-        return eos_ids(self.trained_source, self.own_tokenizer())
+        return eos_ids(self.base_source, self.own_tokenizer())
 
     def check_vocabulary(self) -> None:
         """Check that a model and a tokenizer that were brought together fit.
@@ -221,9 +263,19 @@ class StepModule(NamedSettings, LightningModule):
         faults.at_least("model.learning_rate", self.learning_rate, 0)
         faults.at_least("model.weight_decay", self.weight_decay, 0)
         faults.at_least("model.warmup_steps", self.warmup_steps, 0)
-        faults.at_least("model.micro_batch_tokens", self.micro_batch_tokens, 1)
+        if self.micro_batch_tokens is not None:
+            faults.at_least("model.micro_batch_tokens", self.micro_batch_tokens, 1)
+        faults.one_of("model.optimizer", self.optimizer, OPTIMIZERS)
+        faults.add(optimizer_fault(self.optimizer, self.master_weights, self.stochastic_rounding))
         faults.one_of("model.schedule", self.schedule, ("constant", "linear", "cosine"))
         faults.add(tokenizer_fault(self.trained_source, self._tokenizer_source))
+        faults.add(*self.adapter_faults())
+        for name in ("master_weights", "stochastic_rounding"):
+            if getattr(self, name) and self.lora is not None:
+                faults.add(
+                    f"model.{name} must be false with model.lora, whose adapters are float32 "
+                    "themselves; got true: remove it"
+                )
         return faults
 
     def setup(self, stage: str) -> None:
@@ -244,17 +296,18 @@ class StepModule(NamedSettings, LightningModule):
         """Return AdamW and its schedule by step."""
         # A fused AdamW unscales by itself, so under a gradient scaler the norm would be clipped too
         # late; there the plain one is used.
-        fused = self.trainer.precision != "16-mixed"
-        adamw = MasterWeightsAdamW if self.master_weights else torch.optim.AdamW
         trained = self._trained()
         sharded = {hasattr(parameter, "device_mesh") for parameter in trained}
         assert sharded == {self.sharding is not None}, "the optimiser holds parts, or all is whole"
-        optimizer = adamw(
+        optimizer = make_optimizer(
+            self.optimizer,
             trained,
+            master_weights=self.master_weights,
+            stochastic_rounding=self.stochastic_rounding,
+            fused=self.trainer.precision != "16-mixed",
             lr=self.learning_rate,
             weight_decay=self.weight_decay,
             betas=(self.betas[0], self.betas[1]),
-            fused=fused,
         )
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._schedule_factor)
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
@@ -262,6 +315,7 @@ class StepModule(NamedSettings, LightningModule):
     def on_fit_start(self) -> None:
         """Put the model in training mode: Hugging Face loads models in evaluation mode."""
         self.train()
+        self.tell_learning_rate(self.learning_rate)
 
     # -- one step ----------------------------------------------------------------------------------
 
@@ -277,7 +331,7 @@ class StepModule(NamedSettings, LightningModule):
         """Take the batch's last optimiser step and log what its stages noted."""
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         assert not isinstance(optimizer, list) and scheduler is not None
-        batch.statistics.mean("learning_rate", optimizer.param_groups[0]["lr"])
+        batch.statistics.mean("learning_rate", float(optimizer.param_groups[0]["lr"]))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         scheduler.step()  # type: ignore[union-attr]
@@ -288,11 +342,25 @@ class StepModule(NamedSettings, LightningModule):
         return self.reduce_over_ranks(torch.tensor([value], dtype=torch.double), "sum").item()
 
     def reduce_over_ranks(self, values: Tensor, operation: str) -> Tensor:
-        """Return values over all ranks; ``operation`` is "sum" or "max"."""
+        """Return values over all ranks, where they are; ``operation`` is "sum" or "max"."""
         if self.trainer.world_size == 1:
             return values
         reduced = self.trainer.strategy.reduce(values.to(self.device), reduce_op=operation)
-        return reduced.cpu()
+        return reduced.to(values.device)
+
+    @property
+    def owns_gradients(self) -> bool:
+        """Return whether gradients may be added to weights by hand.
+
+        Other strategies than that of one device wait in autograd to exchange them, and a gradient
+        scaler multiplies the loss.
+        """
+        one = isinstance(self.trainer.strategy, SingleDeviceStrategy)
+        return one and self.trainer.precision != "16-mixed"
+
+    def kept_activations(self) -> AbstractContextManager[Any]:
+        """Return the context of a forward pass, which decides where its activations wait."""
+        return activations_on_host(self.trained_model) if self.activation_offload else nullcontext()
 
     def _trained(self) -> list[torch.nn.Parameter]:
         """Return the parameters that the optimiser holds."""
@@ -305,6 +373,7 @@ class StepModule(NamedSettings, LightningModule):
         wait = nullcontext() if is_last else getattr(strategy, "block_backward_sync", nullcontext)()
         with wait:
             self.manual_backward(loss * self.trainer.world_size)  # DDP divides by it
+        give_back_memory()
 
     def _schedule_factor(self, step: int) -> float:
         if step < self.warmup_steps:
@@ -321,10 +390,14 @@ class StepModule(NamedSettings, LightningModule):
 
     def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
         """Start the clock of the update; callbacks have sampled and scored by now."""
-        self._update_started = time.perf_counter()
+        if self.drops_out:  # a function of seed, step and rank, so that a resumed run goes on alike
+            seeds = (run_seed(), self.trainer.global_step, self.global_rank)
+            torch.manual_seed(hash(seeds) % 2**63)
+        give_back_memory()
+        self._update_started = clock(self.device)
 
     def _log_step(self, batch: PromptBatch) -> None:
-        batch.seconds["update"] = time.perf_counter() - self._update_started
+        batch.seconds["update"] = clock(self.device) - self._update_started
         for phase, seconds in batch.seconds.items():
             batch.statistics.mean(f"perf/{phase}_time", seconds)
         values = batch.statistics.reduced(self.reduce_over_ranks)
@@ -395,6 +468,9 @@ class StepModule(NamedSettings, LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what export needs beside the weights, how prompts were read, what was drawn."""
+        adapters = self.told_of_adapters()
+        if adapters is not None:
+            checkpoint["adapters"] = adapters
         checkpoint["base_is_start"] = self._base_is_start
         if self._packed is None:
             try:
@@ -414,10 +490,12 @@ class StepModule(NamedSettings, LightningModule):
         """Compare how prompts were read with how they are read now.
 
         Raises:
-            UserError: A run that goes on would read them otherwise, or has no optimiser states.
+            UserError: A run that goes on would read them otherwise, has no optimiser states, or
+                trains other weights.
         """
         if self._goes_on_without_states(checkpoint):
             raise UserError(no_optimizer_states("ckpt_path", self.trainer.ckpt_path))
+        self.check_adapters(checkpoint.get("adapters"))
         self._base_is_start = self._base_is_start and checkpoint.get("base_is_start", True)
         data = self._data()
         if "chat_template" not in checkpoint or not hasattr(data, "template_in_use"):

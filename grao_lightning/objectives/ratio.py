@@ -32,7 +32,7 @@ def policy_ratio(
     """
     log_ratio = logprobs - old_logprobs
     if level == "sequence":
-        log_ratio = mean_by_row(log_ratio, row)[row]
+        log_ratio = mean_by_row(log_ratio, row)
     return bounded(log_ratio).exp()
 
 
@@ -64,6 +64,9 @@ def bounded(log_ratio: Tensor) -> Tensor:
 
 
 def mean_by_row(values: Tensor, row: Tensor) -> Tensor:
-    """Return the mean of each row's tokens, [R]; every row up to the last has a token."""
-    sums = values.new_zeros(int(row.max()) + 1).index_add(0, row, values)
-    return sums / torch.bincount(row)
+    """Return for every token the mean over its row, [K]; every row up to the last has a token."""
+    # There are no more rows than tokens: how many would have to be read from the device.
+    room = values.new_zeros(len(row))
+    sums = room.index_add(0, row, values)
+    counts = room.index_add(0, row, torch.ones_like(values))
+    return sums[row] / counts[row]

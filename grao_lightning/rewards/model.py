@@ -208,7 +208,12 @@ class RewardModel:
         import torch
 
         from grao_lightning.data.text_pairs import encoder_for
-        from grao_lightning.language_model.loading import eos_ids, load_classifier, load_tokenizer
+        from grao_lightning.language_model.loading import (
+            base_of,
+            eos_ids,
+            load_classifier,
+            load_tokenizer,
+        )
         from grao_lightning.language_model.scores import most_tokens, reading_of
         from grao_lightning.language_model.sharing import share_prompts
 
@@ -230,7 +235,7 @@ class RewardModel:
             tokenizer,
             max_prompt_tokens=self.max_prompt_tokens,
             chat_template=self.chat_template,
-            eos_ids=eos_ids(self.source, tokenizer),
+            eos_ids=eos_ids(base_of(setting, self.source), tokenizer),
         )
         model.requires_grad_(False).eval()
         if reading_of(model) == "last token" and self.dtype == "float32":

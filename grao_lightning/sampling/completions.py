@@ -15,6 +15,8 @@ from grao_lightning.language_model.positions import (
     frequencies_of,
     most_positions,
 )
+from grao_lightning.language_model.sharded import device_of
+from grao_lightning.language_model.transfer import sent
 from grao_lightning.sampling.draw import Ended, Progress, SamplingSettings, draw_tokens
 from grao_lightning.sampling.trial import attention_of, forget_rows, way_of
 from grao_lightning.sampling.ways import SAME_LENGTH, SHARED, Batch, batches
@@ -120,6 +122,7 @@ def _decode(
     report: Progress,
 ) -> list[TokenIds]:
     """Return the completions of a batch, drawn with the uniform numbers [rows, max_new_tokens]."""
+    (numbers,) = sent(device_of(model), numbers)  # once, and not a column for every token
 
     def draw(rows: Tensor, position: int, logits: Tensor) -> Tensor:
         return draw_tokens(logits, numbers[rows, position], settings)

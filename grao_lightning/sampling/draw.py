@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Stream = Literal["train", "validation"]
-#: (numbers of the rows [N], position in the completion, logits [N, V]) -> tokens [N]
+#: (numbers of the rows [N], position in the completion, logits [N, V]) -> tokens [N]; all of them
+#: on the model's device, from which nothing is read
 Draw = Callable[[Tensor, int, Tensor], Tensor]
 #: (number of the row, its tokens so far) -> whether it has ended
 Ended = Callable[[int, list[int]], bool]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from grao_lightning.batch import TokenIds
 from grao_lightning.language_model.sharded import device_of
+from grao_lightning.language_model.transfer import sent
 from grao_lightning.sampling.draw import Draw, Ended, Progress
 
 
@@ -30,16 +31,19 @@ def generate_rows(
     width = max(len(prompt) for prompt in prompts)
     rows = [prompt for prompt in prompts for _ in range(group_size)]
     padding = [width - len(prompt) for prompt in rows]
-    ids = torch.tensor([[0] * pad + row for pad, row in zip(padding, rows, strict=True)])
-    mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in padding])
+    ids, mask = sent(
+        device,
+        torch.tensor([[0] * pad + row for pad, row in zip(padding, rows, strict=True)]),
+        torch.tensor([[0] * pad + [1] * (width - pad) for pad in padding]),
+    )
 
     def report_position(tokens: int, running: int) -> None:
         report(tokens, running if tokens < max_new_tokens else 0)
 
-    recorder = _Recorder(len(rows), width, draw, ended, report_position)
+    recorder = _Recorder(len(rows), width, draw, ended, report_position, device)
     model.generate(
-        input_ids=ids.to(device),
-        attention_mask=mask.to(device),
+        input_ids=ids,
+        attention_mask=mask,
         generation_config=GenerationConfig(
             max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0
         ),
@@ -58,10 +62,16 @@ class _Recorder:
     """
 
     def __init__(
-        self, num_rows: int, width: int, draw: Draw, ended: Ended, report: Progress
+        self,
+        num_rows: int,
+        width: int,
+        draw: Draw,
+        ended: Ended,
+        report: Progress,
+        device: torch.device,
     ) -> None:
         self.completions: list[TokenIds] = [[] for _ in range(num_rows)]
-        self._rows = torch.arange(num_rows)
+        self._rows = torch.arange(num_rows, device=device)
         self._width = width
         self._draw = draw
         self._ended = ended
@@ -80,4 +90,5 @@ class _Recorder:
                 self.completions[number].append(token)
                 self._done[number] = self._ended(number, self.completions[number])
         self._report(ids.shape[1] - self._width, self._done.count(False))
-        return torch.tensor(self._done, device=ids.device)
+        (done,) = sent(ids.device, torch.tensor(self._done))
+        return done

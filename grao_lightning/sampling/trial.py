@@ -169,7 +169,7 @@ def _obstacle(model: Any, way: Way) -> str | None:
         if not may_share(model):
             return "it was not asked for"
         if device_of(model).type != "cpu":
-            return "it is for CPU"
+            return "its attention is for CPU, and none was checked on other devices"
         # Training has looked at the rest where it shares prompts.
         return head_obstacle(model) or (None if shares_prompts(model) else obstacle(model))
     config = model.config.get_text_config()

@@ -40,7 +40,7 @@ class ShardedStrategy(ModelParallelStrategy):
         replicas: Copies of the whole, each dealt out over the devices of one (HSDP). Gradients
             alone then travel between copies: for several nodes as many as there are nodes.
         cpu_offload: Keep the parts in the host's memory, optimiser steps included: slower, and
-            for models that do not fit otherwise.
+            for models that do not fit otherwise. Of no effect where the devices are CPUs.
         process_group_backend: As Lightning's; null = that of the devices.
         timeout: Of a collective operation.
     """
@@ -69,7 +69,7 @@ class ShardedStrategy(ModelParallelStrategy):
             replicas=self.replicas,
             dtype=_DTYPES.get(precision, torch.float32),
             lowered=precision == "bf16-mixed",
-            cpu_offload=self.cpu_offload,
+            cpu_offload=self.cpu_offload and self.root_device.type != "cpu",
         )
 
     def faults(self) -> Faults:

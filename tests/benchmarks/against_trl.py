@@ -1,11 +1,13 @@
 """Our training step against TRL's GRPOTrainer on the same work, taking turns, in one run.
 
 ``python -m tests.benchmarks.against_trl --model FOLDER_OR_GGUF [--dialogues HH.jsonl.gz]`` (needs
-``grao-lightning[benchmark]``). TRL takes every micro-batch first, and its fastest is the one
-compared with. Each contender runs in a process of its own, so that peak memory is its own.
-``--curves`` measures along group size, prompt length and completion length instead. With
-``--output`` each result is kept in a file as it comes, and a run that was cut off goes on. The last
-line is JSON.
+``grao-lightning[benchmark]``). TRL takes every micro-batch first; its fastest is the one compared
+with, and its leanest takes turns too. ``--front`` adds ours at several ``micro_batch_tokens``,
+``--lora RANK`` trains adapters on both sides. On a card: ``--device cuda --shape qwen2.5-1.5b``,
+random weights of a published shape (``--device cpu --shape tiny`` rehearses it). Each contender
+runs in a process of its own, so that peak memory is its own. ``--curves`` measures along group
+size, prompt length and completion length instead. With ``--output`` each result is kept in a file
+as it comes, and a run that was cut off goes on. The last line is JSON.
 """
 
 import argparse
@@ -22,10 +24,18 @@ from typing import Any
 
 from tests.benchmarks.limit import least_operations, matmul_rate
 from tests.benchmarks.report import PHASES, Report
-from tests.benchmarks.workload import Workload, end_never, model_folder, write_rows
+from tests.benchmarks.workload import (
+    SHAPES,
+    Workload,
+    end_never,
+    model_folder,
+    random_model_folder,
+    write_rows,
+)
 
 #: Of GRAOModule: recompute activations, and one prompt's pack at a time.
 LEAN = {"gradient_checkpointing": True, "micro_batch_tokens": 1024}
+FRONT = (256, 512, 1024, 8192)  # micro_batch_tokens
 GROUP_SIZES = (2, 4, 8, 16, 32)
 PROMPT_TOKENS = (64, 128, 256, 512, 1024)
 COMPLETION_TOKENS = (32, 128, 512)
@@ -90,7 +100,7 @@ class Contender:
 
 
 def sweep(work: Workload, sizes: Sequence[int]) -> list[Figures]:
-    """Return TRL's figures at every micro-batch, and at its fastest with gradient checkpointing."""
+    """Return TRL's figures at every micro-batch; its fastest and smallest recomputing too."""
     found: list[Figures] = []
 
     def measure(**settings: Any) -> None:
@@ -103,13 +113,34 @@ def sweep(work: Workload, sizes: Sequence[int]) -> list[Figures]:
 
     for size in sizes:
         measure(per_device_train_batch_size=size)
-    measure(per_device_train_batch_size=fastest(found), gradient_checkpointing=True)
+    for size in sorted({fastest(found), sizes[0]}):
+        measure(per_device_train_batch_size=size, gradient_checkpointing=True)
     return found
+
+
+def front(work: Workload) -> list[Figures]:
+    """Return our figures at every budget of a micro-batch, two steps each."""
+    found: list[Figures] = []
+    for settings in [*({"micro_batch_tokens": size} for size in FRONT), LEAN]:
+        ours = Contender("ours", work, settings, warmup=1)
+        for _ in range(2):
+            ours.step()
+        ours.close()
+        found.append(ours.figures())
+        tell(found[-1])
+    return found
+
+
+def leanest(found: Sequence[Figures]) -> dict[str, Any]:
+    """Return the settings of the least memory."""
+    settings: dict[str, Any] = min(found, key=lambda figures: figures["peak_mb"])["settings"]
+    return settings
 
 
 def fastest(found: Sequence[Figures]) -> int:
     """Return the micro-batch of the least step time."""
-    best = min(found, key=lambda figures: figures["seconds"]["step"])
+    kept = [figures for figures in found if "gradient_checkpointing" not in figures["settings"]]
+    best = min(kept, key=lambda figures: figures["seconds"]["step"])
     size: int = best["settings"]["per_device_train_batch_size"]
     return size
 
@@ -150,10 +181,11 @@ def compare(
         raise SystemExit(f"a completion of {min(lengths)} tokens, not {work.max_new_tokens}")
     for contender in contenders:
         contender.close()
-    rate = matmul_rate({"fp32": torch.float32, "bf16": torch.bfloat16}[work.dtype])
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[work.dtype]
+    rate = matmul_rate(dtype, work.device)
     rows = []
     trl = min((one for one in contenders if one.name == "trl"), key=_median_step)
-    for contender in [trl, *(one for one in contenders if one.name == "ours")]:
+    for contender in [trl, *(one for one in contenders if one is not trl)]:
         shares = [
             least_operations(work.model, prompts, report.lengths) / rate / report.step
             for report in contender.measured
@@ -225,7 +257,12 @@ def curve_points(work: Workload) -> Iterator[tuple[str, Workload, tuple[int, int
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the comparison for each precision."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True, help="hub name, folder or .gguf file")
+    chosen = parser.add_mutually_exclusive_group(required=True)
+    chosen.add_argument("--model", help="hub name, folder or .gguf file")
+    chosen.add_argument("--shape", choices=sorted(SHAPES), help="random weights of this shape")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="train adapters")
+    parser.add_argument("--front", action="store_true", help="ours at every micro_batch_tokens too")
     parser.add_argument("--dialogues", help="Anthropic HH file; without it filler text")
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     parser.add_argument("--prompts", type=int, default=2)
@@ -236,6 +273,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--stops", action="store_true", help="let end-of-sequence end completions")
     parser.add_argument("--curves", action="store_true", help="along sizes, of the first dtype")
     parser.add_argument("--micro_batches", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument(
+        "--no_sweep", action="store_true", help="TRL's micro-batches take turns too, none ahead"
+    )
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--output", type=Path, help="JSON file of results, kept as they come")
@@ -243,7 +283,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     kept = Kept(options.output)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        model = model_folder(options.model, folder / "model", layers=options.layers)
+        model = (
+            random_model_folder(options.shape, folder / "model")
+            if options.shape
+            else model_folder(options.model, folder / "model", layers=options.layers)
+        )
         rows = folder / "rows.jsonl"
         work = Workload(
             str(model),
@@ -252,11 +296,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.group_size,
             options.max_new_tokens,
             options.dtypes[0],
+            options.device,
+            options.lora,
         )
         if options.curves:
             points = list(curve_points(work))
         else:
             kind = "natural" if options.stops else "fixed"
+            kind += " lora" if options.lora else ""
             span = tuple(options.prompt_tokens)
             points = [
                 (f"{kind} {name}", replace(work, dtype=name), span) for name in options.dtypes
@@ -275,20 +322,24 @@ def measure_point(work: Workload, rows: Path, span: tuple[int, int], options: An
     tokenizer = AutoTokenizer.from_pretrained(work.model)
     prompts = write_rows(rows, tokenizer, options.dialogues, work.num_prompts, span)
     if not options.stops:
-        end_never(Path(work.model), rows)
+        end_never(Path(work.model), rows, options.device)
     completions = work.num_prompts * work.group_size
     sizes = [size for size in options.micro_batches if completions % size == 0]
     print(f"  prompts of {prompts} tokens, G = {work.group_size}", flush=True)
     swept = []
-    if options.curves or len(sizes) == 1:
+    settings: list[tuple[str, dict[str, Any]]]
+    if options.curves or options.no_sweep or len(sizes) == 1:
         settings = [("trl", {"per_device_train_batch_size": size}) for size in sizes]
     else:
         swept = sweep(work, sizes)
         settings = [("trl", {"per_device_train_batch_size": fastest(swept)})]
+        if leanest(swept) != settings[0][1]:
+            settings.append(("trl", leanest(swept)))
+    fronted = front(work) if options.front else []
     settings.append(("ours", {}))
     if not options.curves:
         settings.append(("ours", LEAN))
-    trl, *ours = compare(
+    trl, *others = compare(
         work,
         prompts,
         settings,
@@ -296,7 +347,18 @@ def measure_point(work: Workload, rows: Path, span: tuple[int, int], options: An
         pairs=options.pairs,
         full_length=not options.stops,
     )
-    return {"prompts": prompts, "sweep": swept, "trl": trl, "ours": ours}
+    slower = [figures for figures in others if figures["contender"] == "trl"]
+    lean = sorted([*slower, trl], key=lambda figures: figures["peak_mb"])
+    ours = [figures for figures in others if figures["contender"] == "ours"]
+    return {
+        "prompts": prompts,
+        "sweep": swept,
+        "front": fronted,
+        "trl": trl,
+        "trl_slower": slower,
+        "trl_lean": lean[0],
+        "ours": ours,
+    }
 
 
 def _ratios(rows: Sequence[Figures]) -> Figures:

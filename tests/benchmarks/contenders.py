@@ -19,7 +19,8 @@ from tests.benchmarks.workload import Workload
 class Reporter:
     """Waits for the word, then tells how long the step took."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
+        self._device = device
         # Libraries print; the pipe is for reports alone.
         self._pipe: TextIO = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
@@ -29,7 +30,15 @@ class Reporter:
         """Block until the next step is asked for; end the process if none is."""
         if not sys.stdin.readline():
             os._exit(0)
-        self._started = time.perf_counter()
+        self._started = self.now()
+
+    def now(self) -> float:
+        """Return the time once the device has done what it was given."""
+        if self._device == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
     def tell(self, phases: dict[str, float], lengths: list[int], prompts: list[list[int]]) -> None:
         """Report the step that `wait` began.
@@ -39,14 +48,14 @@ class Reporter:
             lengths: Tokens of each completion.
             prompts: Token ids of the prompts, in any order, repeated or not.
         """
-        seconds = time.perf_counter() - self._started
+        seconds = self.now() - self._started
         distinct = sorted(set(map(tuple, prompts)))
         report = Report(
             step=seconds,
             **{name: phases[name] for name in PHASES},
             lengths=lengths,
             prompts=hashlib.sha256(repr(distinct).encode()).hexdigest()[:16],
-            peak_bytes=_peak_bytes(),
+            peak_bytes=_peak_bytes(self._device),
         )
         print(report.dumps(), file=self._pipe, flush=True)
 
@@ -80,7 +89,7 @@ def run_ours(work: Workload, settings: dict[str, Any]) -> None:
     )
     from grao_lightning.rewards.protocol import RewardSpec
 
-    reporter = Reporter()
+    reporter = Reporter(work.device)
 
     class First(Callback):
         def on_train_batch_start(self, *_: Any) -> None:
@@ -90,17 +99,19 @@ def run_ours(work: Workload, settings: dict[str, Any]) -> None:
         before_optimizer = 0.0
 
         def on_before_optimizer_step(self, *_: Any) -> None:
-            self.before_optimizer = time.perf_counter()
+            self.before_optimizer = reporter.now()
 
         def on_train_batch_end(
             self, trainer: Trainer, module: Any, outputs: Any, batch: Any, *_: Any
         ) -> None:
-            optimizer = time.perf_counter() - self.before_optimizer
+            optimizer = reporter.now() - self.before_optimizer
             phases = dict(batch.seconds)
             phases["update"] -= optimizer
             lengths = batch.completions.lengths.tolist()
             reporter.tell({**phases, "optimizer": optimizer}, lengths, batch.prompt_ids)
 
+    if work.lora:
+        settings = {**settings, "lora": {"rank": work.lora}}
     module = GRAOModule(policy=work.model, reference_model=None, learning_rate=1e-6, **settings)
     data = PromptDataModule(
         train=work.rows,
@@ -121,7 +132,7 @@ def run_ours(work: Workload, settings: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             default_root_dir=folder,
-            accelerator="auto",
+            accelerator=work.device,
             devices=1,
             precision="32-true" if work.dtype == "fp32" else "bf16-true",
             max_epochs=-1,
@@ -147,10 +158,11 @@ def run_trl(work: Workload, settings: dict[str, Any]) -> None:
     """
     import datasets
     import torch
+    from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    reporter = Reporter()
+    reporter = Reporter(work.device)
     phases: dict[str, float] = {}
     lengths: list[int] = []
     prompts: list[list[int]] = []
@@ -165,10 +177,10 @@ def run_trl(work: Workload, settings: dict[str, Any]) -> None:
             reporter.wait()
 
         def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-            self.before_optimizer = time.perf_counter()
+            self.before_optimizer = reporter.now()
 
         def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-            phases["optimizer"] = time.perf_counter() - self.before_optimizer
+            phases["optimizer"] = reporter.now() - self.before_optimizer
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             both = phases.pop("sample_and_score")
@@ -185,9 +197,9 @@ def run_trl(work: Workload, settings: dict[str, Any]) -> None:
         def wrapped(*args: Any, **options: Any) -> Any:
             if phase == "sample":
                 prompts.extend(args[0])
-            started = time.perf_counter()
+            started = reporter.now()
             result = function(*args, **options)
-            phases[phase] = phases.get(phase, 0.0) + time.perf_counter() - started
+            phases[phase] = phases.get(phase, 0.0) + reporter.now() - started
             return result
 
         setattr(owner, name, wrapped)
@@ -200,6 +212,14 @@ def run_trl(work: Workload, settings: dict[str, Any]) -> None:
     with open(work.rows) as lines:
         dialogues = [{"prompt": json.loads(line)["prompt"]} for line in lines]
     rows = work.num_prompts * work.group_size
+    adapters = None
+    if work.lora:  # as ours: alpha twice the rank, all linear modules but the head
+        adapters = LoraConfig(
+            r=work.lora,
+            lora_alpha=2 * work.lora,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
             model=model,
@@ -207,6 +227,7 @@ def run_trl(work: Workload, settings: dict[str, Any]) -> None:
             processing_class=AutoTokenizer.from_pretrained(work.model, padding_side="left"),
             train_dataset=datasets.Dataset.from_list(dialogues * 50),
             callbacks=[Clock()],
+            peft_config=adapters,
             args=GRPOConfig(
                 output_dir=folder,
                 gradient_accumulation_steps=rows // settings["per_device_train_batch_size"],
@@ -216,12 +237,13 @@ def run_trl(work: Workload, settings: dict[str, Any]) -> None:
                 temperature=1.0,
                 learning_rate=1e-6,
                 bf16=False,
+                optim="adamw_torch_fused",  # ours too
                 max_steps=1_000_000,
                 save_strategy="no",
                 report_to=[],
                 logging_steps=1_000_000,
                 shuffle_dataset=False,
-                use_cpu=not torch.cuda.is_available(),
+                use_cpu=work.device == "cpu",
                 disable_tqdm=True,
                 seed=0,
                 **{"gradient_checkpointing": False, **settings},
@@ -234,10 +256,10 @@ def run_trl(work: Workload, settings: dict[str, Any]) -> None:
         trainer.train()
 
 
-def _peak_bytes() -> int:
-    import torch
+def _peak_bytes(device: str) -> int:
+    if device == "cuda":
+        import torch
 
-    if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))

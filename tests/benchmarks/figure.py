@@ -1,7 +1,8 @@
 """Tables and plot of what `against_trl` kept.
 
 ``python -m tests.benchmarks.figure RESULTS.json CURVES.json --plot FILE.png --readme README.md``
-puts the tables between the README's two benchmark comments.
+puts the tables between the README's two benchmark comments. ``python -m tests.benchmarks.figure
+RESULTS.json --front FILE.png --page docs/benchmarks.md`` draws memory against speed instead.
 """
 
 import argparse
@@ -23,7 +24,7 @@ def comparison_table(results: Results) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, result in results.items():
-        for row in (result["trl"], *result["ours"]):
+        for row in (result["trl"], *result.get("trl_slower", ()), *result["ours"]):
             seconds = row["seconds"]
             lines.append(
                 f"| {name}: {_who(row)} | {seconds['step']:.1f} | {seconds['sample']:.1f} "
@@ -32,6 +33,52 @@ def comparison_table(results: Results) -> str:
                 f"| {row['memory_ratio']:.2f} | {row['share_of_limit']:.0%} |"
             )
     return "\n".join(lines)
+
+
+def front_points(result: Results) -> list[Results]:
+    """Return every point of one precision that was measured, TRL's first."""
+    trl = [result["trl"], *result.get("trl_slower", ()), *result["sweep"]]
+    return [*trl, *result["front"]]
+
+
+def front_table(results: Results) -> str:
+    """Return memory and time along the sizes of a micro-batch as Markdown."""
+    lines = ["| | s/step | peak MB | of TRL's fastest |", "|---|---|---|---|"]
+    for name, result in results.items():
+        for row in front_points(result) if result.get("front") else ():
+            lines.append(
+                f"| {name}: {_who(row, fronted=True)} | {row['seconds']['step']:.1f} "
+                f"| {row['peak_mb']} | {row['peak_mb'] / result['trl']['peak_mb']:.2f} |"
+            )
+    return "\n".join(lines)
+
+
+def plot_front(results: Results, file: Path) -> None:
+    """Draw memory against the time of a step, both programs, a panel for each precision."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    kept = {name: result for name, result in results.items() if result.get("front")}
+    figure, panels = plt.subplots(
+        1, len(kept), figsize=(5 * len(kept), 4), layout="constrained", squeeze=False
+    )
+    for axes, (name, result) in zip(panels[0], kept.items(), strict=True):
+        for who in ("trl", "ours"):
+            rows = [row for row in front_points(result) if row["contender"] == who]
+            at = [(row["seconds"]["step"], row["peak_mb"]) for row in rows]
+            axes.scatter(*zip(*at, strict=True), label={"trl": "TRL 1.16"}.get(who, who))
+            for row, point in zip(rows, at, strict=True):
+                axes.annotate(
+                    _size(row), point, fontsize=6, xytext=(3, 3), textcoords="offset points"
+                )
+        axes.axhline(result["trl"]["peak_mb"], color="grey", linewidth=1)
+        axes.set(
+            title=name, xlabel="seconds a step", ylabel="peak MB", ylim=(0, None), xscale="log"
+        )
+        axes.legend(fontsize=7)
+    figure.savefig(file, dpi=110)
 
 
 def curve_table(curves: Results) -> str:
@@ -74,7 +121,7 @@ def plot(results: Results, curves: Results, file: Path) -> None:
     rows = [
         (f"{name}\n{_who(row)}", row["seconds"])
         for name, result in results.items()
-        for row in (result["trl"], *result["ours"])
+        for row in (result["trl"], *result.get("trl_slower", ()), *result["ours"])
     ]
     left = [0.0] * len(rows)
     for phase in PHASES:
@@ -97,10 +144,23 @@ def plot(results: Results, curves: Results, file: Path) -> None:
     figure.savefig(file, dpi=110)
 
 
-def _who(row: Results) -> str:
+def _who(row: Results, *, fronted: bool = False) -> str:
+    settings = row["settings"]
     if row["contender"] == "trl":
-        return f"TRL, micro-batch {row['settings']['per_device_train_batch_size']}"
-    return "ours, lean" if row["settings"] else "ours"
+        recomputing = ", recomputing" if settings.get("gradient_checkpointing") else ""
+        return f"TRL, micro-batch {settings['per_device_train_batch_size']}{recomputing}"
+    if not settings:
+        return "ours"
+    tokens = f"{settings['micro_batch_tokens']} tokens"
+    if settings.get("gradient_checkpointing"):
+        return f"ours, {tokens}, recomputing" if fronted else "ours, lean"
+    return f"ours, {tokens}"
+
+
+def _size(row: Results) -> str:
+    settings = row["settings"]
+    size = settings.get("per_device_train_batch_size") or settings["micro_batch_tokens"]
+    return f"{size}{' recomputing' if settings.get('gradient_checkpointing') else ''}"
 
 
 def _lead(result: Results) -> float:
@@ -112,16 +172,26 @@ def main() -> None:
     """Write the tables and the plot."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path)
-    parser.add_argument("curves", type=Path)
-    parser.add_argument("--plot", type=Path, required=True)
-    parser.add_argument("--readme", type=Path, required=True)
+    parser.add_argument("curves", type=Path, nargs="?")
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--readme", type=Path)
+    parser.add_argument("--front", type=Path)
+    parser.add_argument("--page", type=Path)
     options = parser.parse_args()
-    results, curves = (json.loads(file.read_text()) for file in (options.results, options.curves))
+    results = json.loads(options.results.read_text())
+    if options.front:
+        plot_front(results, options.front)
+        _put(options.page, front_table(results))
+        return
+    curves = json.loads(options.curves.read_text())
     plot(results, curves, options.plot)
-    text = options.readme.read_text()
-    tables = f"{comparison_table(results)}\n\n{curve_table(curves)}"
+    _put(options.readme, f"{comparison_table(results)}\n\n{curve_table(curves)}")
+
+
+def _put(page: Path, tables: str) -> None:
+    """Write tables between the two comments of a page."""
     pattern = re.compile(f"({_MARKS[0]}).*?({_MARKS[1]})", re.S)
-    options.readme.write_text(pattern.sub(lambda m: f"{m[1]}\n\n{tables}\n\n{m[2]}", text))
+    page.write_text(pattern.sub(lambda m: f"{m[1]}\n\n{tables}\n\n{m[2]}", page.read_text()))
 
 
 if __name__ == "__main__":

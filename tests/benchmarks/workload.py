@@ -14,6 +14,49 @@ _FILLER = "What should I look for in the report you sent last week, and why does
 _FILLER_ANSWER = (
     " It matters, since everyone who reads it will act on the figures of its last page first."
 )
+_TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+#: Published shapes: of Qwen2.5's config.json. "tiny" rehearses the code.
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "vocab_size": 512,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
+    "qwen2.5-0.5b": {
+        "vocab_size": 151936,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
+    "qwen2.5-1.5b": {
+        "vocab_size": 151936,
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
+    "qwen2.5-7b": {
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -27,6 +70,8 @@ class Workload:
         group_size: G, completions a prompt.
         max_new_tokens: Longest completion.
         dtype: "fp32" or "bf16": of weights, gradients, optimiser state and arithmetic alike.
+        device: "cpu" or "cuda".
+        lora: Rank of adapters on all linear modules but the head; 0 = the weights are trained.
     """
 
     model: str
@@ -35,6 +80,8 @@ class Workload:
     group_size: int
     max_new_tokens: int
     dtype: str
+    device: str = "cpu"
+    lora: int = 0
 
     def dumps(self) -> str:
         """Return the workload as JSON."""
@@ -72,7 +119,45 @@ def model_folder(source: str, folder: Path, *, layers: int | None) -> Path:
     return folder
 
 
-def end_never(folder: Path, rows: Path) -> None:
+def random_model_folder(shape: str, folder: Path) -> Path:
+    """Save a model of random weights, with a tokenizer of bytes, and return its folder.
+
+    A step's time and memory depend on a model's shape and not on what it has learned.
+
+    Args:
+        shape: One of `SHAPES`.
+        folder: Written to.
+    """
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    end = "<|end|>"
+    vocabulary = {token: number for number, token in enumerate([*alphabet, end])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, pad_token=end)
+    wrapped.chat_template = _TEMPLATE
+    config = Qwen2Config(
+        **SHAPES[shape],
+        pad_token_id=wrapped.pad_token_id,
+        eos_token_id=wrapped.eos_token_id,
+        bos_token_id=None,
+        dtype="bfloat16" if shape != "tiny" else "float32",
+    )
+    torch.manual_seed(0)
+    torch.set_default_dtype(config.dtype)
+    model = Qwen2ForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    model.save_pretrained(folder)
+    wrapped.save_pretrained(folder)
+    _end_with(folder, wrapped.eos_token_id)
+    return folder
+
+
+def end_never(folder: Path, rows: Path, device: str = "cpu") -> None:
     """Make the least likely token the end-of-sequence, so that every completion is of full length.
 
     Least likely after any of the prompts' tokens; the caller checks the lengths afterwards.
@@ -83,12 +168,14 @@ def end_never(folder: Path, rows: Path) -> None:
     model, tokenizer = (
         loader.from_pretrained(folder) for loader in (AutoModelForCausalLM, AutoTokenizer)
     )
-    likeliest = torch.zeros(model.config.vocab_size)
+    model.to(device)
+    likeliest = torch.zeros(len(tokenizer), device=device)
     for line in rows.read_text().splitlines():
         prompt = _tokens(tokenizer, json.loads(line)["prompt"])
         with torch.no_grad():
-            logits = model(torch.tensor([prompt])).logits[0]
-        likeliest = torch.maximum(likeliest, logits.softmax(-1).amax(0))
+            logits = model(torch.tensor([prompt], device=device)).logits[0]
+        seen = logits.float().softmax(-1).amax(0)[: len(tokenizer)]  # ids that are a token
+        likeliest = torch.maximum(likeliest, seen)
     _end_with(folder, int(likeliest.argmin()))
 
 

@@ -14,6 +14,7 @@ from grao_lightning.callbacks.exporting import Exported
 from grao_lightning.callbacks.last_step import ValidateLastStep
 from grao_lightning.command.export import export
 from grao_lightning.faults import UserError
+from grao_lightning.language_model.lora import LoRA
 from tests.runs import fit, largest_difference, stages, weights
 
 
@@ -49,10 +50,18 @@ def read(folder) -> dict[str, torch.Tensor]:
     return AutoModelForCausalLM.from_pretrained(folder).state_dict()
 
 
-@pytest.mark.parametrize("kind", [SFTModule, RewardModule])
-def test_the_folder_beside_the_best_checkpoint_is_what_export_makes_of_it(tmp_path, kind):
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (SFTModule, {}),
+        (RewardModule, {}),
+        (SFTModule, {"lora": LoRA(rank=2), "learning_rate": 1e-2}),
+    ],
+    ids=["policy", "reward model", "adapter"],
+)
+def test_the_folder_beside_the_best_checkpoint_is_what_export_makes_of_it(tmp_path, kind, settings):
     best = BestCheckpoint(dirpath=tmp_path, export=True)
-    train(tmp_path, ValidateLastStep(), best, module=kind())
+    train(tmp_path, ValidateLastStep(), best, module=kind(**settings))
     export(str(tmp_path / "best.ckpt"), str(tmp_path / "exported"))
     assert content(tmp_path / "best") == content(tmp_path / "exported")
     assert {path.name for path in tmp_path.iterdir()} == {"best.ckpt", "best", "exported"}

@@ -3,7 +3,7 @@
 import torch
 
 from grao_lightning.batch import PromptBatch
-from grao_lightning.callbacks.phase import phase
+from grao_lightning.callbacks.phase import clock, phase
 from tests.runs import trainer
 
 
@@ -17,3 +17,12 @@ def test_a_stage_runs_in_the_steps_precision_without_gradients_and_its_times_add
         assert product.dtype == dtype and not product.requires_grad
         assert batch.seconds["sample"] > before
     assert (weight @ weight).requires_grad
+
+
+def test_the_time_of_cuda_is_read_when_its_work_is_done(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    before = clock(torch.device("cpu"))
+    assert not waited
+    assert clock(torch.device("cuda", 1)) > before
+    assert waited == [torch.device("cuda", 1)]

@@ -368,6 +368,10 @@ def test_a_decoder_is_exported_with_a_padding_token_that_ends_no_answer(tmp_path
             {"model.init_args.learning_rat": 1},
             "model.init_args.learning_rat; did you mean model.init_args.learning_rate?",
         ),
+        (
+            {"model.init_args.lora.rnk": 1},
+            "model.init_args.lora.rnk; did you mean model.init_args.lora.rank?",
+        ),
         ({"trainer.max_step": 1}, "trainer.max_step; did you mean trainer.max_steps?"),
         (
             {"scoring.rewards.0.wieght": 1},

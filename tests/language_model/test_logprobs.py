@@ -8,9 +8,9 @@ import torch
 from grao_lightning.batch import TokenRow
 from grao_lightning.language_model.attention import TreeLayout
 from grao_lightning.language_model.head import Head, head_loss
-from grao_lightning.language_model.logprobs import split_padded, token_logprobs
-from grao_lightning.language_model.packing import pack_rows, riders, split_into_packs
-from grao_lightning.language_model.sharing import share_prompts
+from grao_lightning.language_model.logprobs import split_by_tokens, split_padded, token_logprobs
+from grao_lightning.language_model.packing import own_budget, pack_rows, riders, split_into_packs
+from grao_lightning.language_model.sharing import share_prompts, shares_prompts
 from tests.conftest import VOCABULARY, tiny_model
 from tests.memory import peak_memory
 
@@ -413,3 +413,14 @@ def test_small_gradients_are_not_lost_under_float16_autocast():
     # d(-w log p_0) / ds = w (p_0 - 1) * 1 + w p_1 * (-1) = -2 w p_1, p_1 = sigmoid(-2)
     expected = -2e-9 / (1 + math.exp(2))
     assert states.grad.item() == pytest.approx(expected, rel=1e-4, abs=0)
+
+
+def test_a_budget_of_ones_own_holds_two_of_the_longest_rows():
+    assert own_budget(280, "cpu") == 1024
+    assert own_budget(1500, "cpu") == 3000
+    assert own_budget(280, "cuda") == 8192
+    model = tiny_model("Llama")
+    rows = [TokenRow([1] * 500, [2] * 12) for _ in range(4)]
+    assert not shares_prompts(model)
+    numbers = [part.numbers for part in split_by_tokens(model, rows, [True] * 4, None)]
+    assert numbers == [[0, 1], [2, 3]]

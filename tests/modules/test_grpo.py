@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from grao_lightning import GroupSampling, GRPOModule
 from grao_lightning.batch import Completions
@@ -59,16 +60,18 @@ class FixedSampling(GroupSampling):
         )
 
 
-def train_with_trl(folder: Path, prompts: list[list[list[int]]], options: dict):
+def train_with_trl(
+    folder: Path, prompts: list[list[list[int]]], options: dict, *, model=None, steps=STEPS
+):
     import datasets
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
 
     source = base_folder("keywords-weak")
     tokenizer = AutoTokenizer.from_pretrained(source)
     texts = [tokenizer.decode(ids) for step in prompts for ids in step]
     trainer = GRPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32),
+        model=model or AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32),
         processing_class=tokenizer,
         reward_funcs=lambda completions, **_: reward(completions),
         train_dataset=datasets.Dataset.from_list([{"prompt": text} for text in texts]),
@@ -82,7 +85,7 @@ def train_with_trl(folder: Path, prompts: list[list[list[int]]], options: dict):
             weight_decay=0.0,
             max_grad_norm=1.0,
             temperature=1.0,
-            max_steps=STEPS * options.get("num_iterations", 1),
+            max_steps=steps * options.get("num_iterations", 1),
             shuffle_dataset=False,
             use_cpu=True,
             bf16=False,
@@ -145,3 +148,29 @@ def test_twenty_steps_on_fixed_completions_give_the_weights_of_trls_trainer(
     ours_now = weights(module)
     assert largest_difference(before, ours_now) > 2e-3
     assert largest_difference(dict(expected), ours_now) < 1e-4
+
+
+def test_three_steps_on_an_adapter_give_the_adapter_of_trls_trainer(tmp_path):
+    """The adapter begins as ours did; the reference model is the model below on both sides."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    def adapted():
+        return grpo(lora={"rank": 4}, kl_weight=0.1, updates_per_rollout=2, aggregation="tokens")
+
+    sampling, start = FixedSampling(), adapted()
+    rewards = [RewardSpec(f"{__name__}.reward")]
+    _, score, clip = stages(scoring={"rewards": rewards, "comparison": "raw"})
+    fit(tmp_path, module=start, max_steps=0)
+    start.adapters.save(tmp_path / "start", None)
+    module = adapted()
+    data = {"prompts_per_step": PROMPTS}
+    fit(tmp_path, module=module, data=data, callbacks=[sampling, score, clip], max_steps=3)
+    source = base_folder("keywords-weak")
+    base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, str(tmp_path / "start"), is_trainable=True)
+    options = {"loss_type": "dapo", "beta": 0.1, "num_iterations": 2}
+    train_with_trl(tmp_path / "trl", sampling.prompts, options, model=model, steps=3)
+    expected = get_peft_model_state_dict(model, adapter_name="default")
+    before, found = (get_peft_model_state_dict(part.adapters.peft) for part in (start, module))
+    assert largest_difference(before, found) > 1e-3
+    assert largest_difference(expected, found) < 1e-4

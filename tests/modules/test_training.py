@@ -117,6 +117,8 @@ def test_validation_on_two_ranks_with_uneven_shards_equals_that_of_one(tmp_path)
 
 MASTERS = {"master_weights": True, "learning_rate": 1e-4}  # most steps stay below bfloat16
 
+LOW_BIT = {"optimizer": "adamw_8bit", "stochastic_rounding": True, "learning_rate": 1e-4}
+
 
 def masters(module) -> dict[str, torch.Tensor]:
     values = module.trainer.optimizers[0].state_dict()["master_weights"]
@@ -124,9 +126,12 @@ def masters(module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("options", "precision"), [({}, "32-true"), (MASTERS, "bf16-true")], ids=["plain", "masters"]
+    ("options", "precision"),
+    [({}, "32-true"), (MASTERS, "bf16-true"), (LOW_BIT, "bf16-true")],
+    ids=["plain", "masters", "low bit"],
 )
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, options, precision):
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, options, precision, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # torchao would
     whole = fit(tmp_path, module=grao(**options), max_steps=6, precision=precision)
     saver = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=3, filename="three")
     fit(
@@ -145,7 +150,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, options, precision)
         precision=precision,
     )
     assert largest_difference(weights(whole), weights(resumed)) == 0.0
-    if options:
+    if options is MASTERS:
         assert largest_difference(masters(whole), masters(resumed)) == 0.0
 
 
@@ -177,6 +182,16 @@ def test_the_weights_are_the_rounded_masters_and_a_step_skipped_by_clipping_chan
 def test_master_weights_are_refused_where_the_weights_are_float32_themselves(tmp_path, precision):
     with pytest.raises(UserError, match=r"model.master_weights must be false .*; got true with "):
         fit(tmp_path, module=grao(master_weights=True), precision=precision)
+
+
+def test_stochastic_rounding_is_refused_where_nothing_rounds_away(tmp_path):
+    with pytest.raises(UserError, match=r"model.stochastic_rounding must be false where .*32-true"):
+        fit(tmp_path, module=grao(stochastic_rounding=True), precision="32-true")
+
+
+def test_activations_are_not_offloaded_from_the_host_to_itself(tmp_path):
+    with pytest.raises(UserError, match=r"model.activation_offload must be false .*cpu"):
+        fit(tmp_path, module=grao(activation_offload=True))
 
 
 def test_two_processes_keep_the_same_masters_and_move_them_as_one_process_does(tmp_path):

@@ -136,7 +136,7 @@ def test_a_rows_ratio_is_the_geometric_mean_of_its_tokens():
     ):
         expected = (mine - before).exp().prod() ** (1 / len(mine))
         torch.testing.assert_close(ratio[number == ROW], expected.expand(len(mine)))
-    assert mean_by_row(torch.ones(len(ROW)), ROW).tolist() == [1.0] * len(LENGTHS)
+    assert mean_by_row(torch.ones(len(ROW)), ROW).tolist() == [1.0] * len(ROW)
 
 
 @pytest.mark.parametrize("aggregation", OF_TRL)
