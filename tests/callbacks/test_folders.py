@@ -14,6 +14,7 @@ from grao_lightning.callbacks.exporting import Exported
 from grao_lightning.callbacks.last_step import ValidateLastStep
 from grao_lightning.command.export import export
 from grao_lightning.faults import UserError
+from grao_lightning.language_model.checkpoints import checkpoint_fault
 from grao_lightning.language_model.lora import LoRA
 from tests.runs import fit, largest_difference, stages, weights
 
@@ -132,6 +133,8 @@ def test_no_run_goes_on_from_weights_alone_and_they_export(tmp_path):
     assert "optimizer_states" not in torch.load(path, weights_only=True)
     with pytest.raises(UserError, match=r"best\.ckpt holds no optimiser states .*give last\.ckpt"):
         train(tmp_path, ckpt_path=path, max_steps=6)
+    assert checkpoint_fault("ckpt_path", path) is None
+    assert "holds no optimiser states" in checkpoint_fault("ckpt_path", path, goes_on=True)
     export(path, str(tmp_path / "out"))
     read(tmp_path / "out")
 
