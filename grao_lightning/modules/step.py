@@ -11,9 +11,11 @@ from torch import Tensor
 
 from grao_lightning.batch import PromptBatch, TokenRow
 from grao_lightning.callbacks.phase import clock
+from grao_lightning.callbacks.storage import use_whole_files
 from grao_lightning.data.templates import template_change
 from grao_lightning.faults import Faults, NamedSettings, UserError
 from grao_lightning.language_model.adapter_folders import is_adapter
+from grao_lightning.language_model.checkpoints import no_optimizer_states
 from grao_lightning.language_model.frozen import FrozenModel
 from grao_lightning.language_model.kept import packed_source
 from grao_lightning.language_model.loading import (
@@ -290,6 +292,7 @@ class StepModule(NamedSettings, AdaptedModule):
     def setup(self, stage: str) -> None:
         """Check the run as a whole; Lightning calls this before ``configure_model``."""
         self.check_run()
+        use_whole_files(self.trainer)
 
     def check_run(self) -> None:
         """Tell all faults together; our data asks for it before it reads anything."""
@@ -521,8 +524,11 @@ class StepModule(NamedSettings, AdaptedModule):
         """Compare how prompts were read with how they are read now.
 
         Raises:
-            UserError: A run that goes on would read them otherwise, or trains other weights.
+            UserError: A run that goes on would read them otherwise, has no optimiser states, or
+                trains other weights.
         """
+        if self._goes_on_without_states(checkpoint):
+            raise UserError(no_optimizer_states("ckpt_path", self.trainer.ckpt_path))
         self.check_adapters(checkpoint.get("adapters"))
         self._base_is_start = self._base_is_start and checkpoint.get("base_is_start", True)
         data = self._data()
@@ -533,6 +539,15 @@ class StepModule(NamedSettings, AdaptedModule):
             raise UserError(fault)
         if fault:
             rank_zero_warn(f"{fault}. The figures are those of prompts it has not learned to read")
+
+    def _goes_on_without_states(self, checkpoint: dict[str, Any]) -> bool:
+        trainer = self._trainer
+        if trainer is None or trainer.state.fn != "fit":
+            return False
+        # Where the strategy loads them itself, it has done so.
+        return trainer.strategy.lightning_restore_optimizer and (
+            "optimizer_states" not in checkpoint
+        )
 
     def _data(self) -> Any:
         """Return the DataModule; None where there is none, nor a trainer."""
