@@ -108,8 +108,8 @@ class StepModule(NamedSettings, AdaptedModule):
             its configuration's router_aux_loss_coef is one. Costs another forward pass. null = off.
         tokenizer: Hub name or folder, in Python also a loaded one; null = the model's own, of a
             model that is handed over that of the name it was loaded from.
-        lora: Train adapters of low rank and leave the model's own weights as they are, such as
-            {rank: 16}; null = train the whole model.
+        lora: Train adapters {rank, alpha, dropout, target_modules, base, quantize} in the place of
+            the weights. ``{}`` takes the defaults, see `LoRA`; null = train the weights.
     """
 
     #: Whether training reads sampled, scored groups (and not only the data's answers).
