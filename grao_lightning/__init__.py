@@ -20,7 +20,7 @@ _PUBLIC = {
     "GroupScoring": "grao_lightning.callbacks.scoring",
     "ReferenceAwareClipping": "grao_lightning.callbacks.clipping",
     "ShardedStrategy": "grao_lightning.strategies.sharded",
-    "LoRA": "grao_lightning.language_model.adapters",
+    "LoRA": "grao_lightning.language_model.lora",
     "make_trainer": "grao_lightning.command.trainer",
     "export": "grao_lightning.command.export",
     "group_advantages": "grao_lightning.objectives.advantages",
@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # what editors and type checkers read; a test holds it to `_P
     from grao_lightning.command.export import export as export
     from grao_lightning.command.trainer import make_trainer as make_trainer
     from grao_lightning.data.datamodule import PromptDataModule as PromptDataModule
-    from grao_lightning.language_model.adapters import LoRA as LoRA
+    from grao_lightning.language_model.lora import LoRA as LoRA
     from grao_lightning.modules.dpo import DPOModule as DPOModule
     from grao_lightning.modules.grao import GRAOModule as GRAOModule
     from grao_lightning.modules.grpo import GRPOModule as GRPOModule

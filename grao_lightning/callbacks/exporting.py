@@ -9,7 +9,8 @@ import torch
 from grao_lightning.data.encoding import PromptEncoder
 from grao_lightning.data.templates import is_hh, told
 from grao_lightning.faults import UserError
-from grao_lightning.language_model.adapters import base_fingerprint, kept_adapters, lasting
+from grao_lightning.language_model.adapter_folders import lasting
+from grao_lightning.language_model.adapters import base_fingerprint, kept_adapters
 from grao_lightning.language_model.kept import bare_model, unpacked_source
 from grao_lightning.language_model.loading import (
     first_mismatch,

@@ -4,153 +4,34 @@
 adapters is the model itself, and with its adapters off it is so at any time, bit for bit.
 """
 
-import json
 import logging
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import nn
-from typing_extensions import final
 
-from grao_lightning.faults import Faults, NamedSettings, UserError, extra_fault
+from grao_lightning.faults import UserError
+from grao_lightning.language_model.adapter_folders import CONFIG, HEADS
 from grao_lightning.language_model.fingerprint import fingerprint
-from grao_lightning.language_model.frozen import Found, FrozenModel, inside
-from grao_lightning.language_model.sharded import shards_of
+from grao_lightning.language_model.lora import ALL_LINEAR, LoRA, Quantize
+from grao_lightning.language_model.sharded import device_of, shards_of
 from grao_lightning.randomness import run_seed
 
 log = logging.getLogger(__name__)
 
-ALL_LINEAR = "all-linear"
 DEFAULT_RANK = 16
-#: Learning rates of full training: an adapter stays where it is at those.
-SLOW = 1e-5
-
-_CONFIG = "adapter_config.json"
-_HEADS = ("score", "classifier")
+#: The adapters as they were before training, where a model holds them besides.
+START = "start"
+_OWN = "default"
 _TASKS = {True: "CAUSAL_LM", False: "SEQ_CLS"}  # by whether it is a language model
-_OWN, _START = "default", "start"  # names of adapters within a model
 #: In what two adapters of one model must be alike for the weights of one to be those of the other.
-_DECISIVE = ("r", "lora_alpha", "target_modules", "use_rslora", "use_dora", "rank_pattern",
-             "alpha_pattern", "modules_to_save")  # fmt: skip
+_DECISIVE = ("r", "lora_alpha", "target_modules", "target_parameters", "use_rslora", "use_dora",
+             "rank_pattern", "alpha_pattern", "modules_to_save")  # fmt: skip
 _SETTINGS = {"r": "rank", "lora_alpha": "alpha", "target_modules": "target_modules"}
-
-Quantize = Literal["nf4"]
-
-
-@final  # or the command line's parser would have class_path and init_args for it
-@dataclass
-class LoRA(NamedSettings):
-    """Low-rank adapters, trained in the place of a model's own weights, which stay as they are.
-
-    Args:
-        rank: Of the update of a matrix; null = 16, of an adapter folder its own.
-        alpha: The update is multiplied by alpha / rank; null = twice the rank, of an adapter folder
-            its own.
-        dropout: Of what goes into an adapter, in training.
-        target_modules: Names, or ends of names, of the linear modules that get an adapter, or a
-            regular expression of whole names; "all-linear" = all but the head, and a
-            mixture's experts where peft can; of an adapter folder its own.
-        base: Of an adapter folder, the model it belongs to; null = the one that its
-            adapter_config.json names.
-        quantize: "nf4" = 4 bits for each of the frozen weights (QLoRA, arXiv 2305.14314); null =
-            as the model has them.
-    """
-
-    rank: int | None = None
-    alpha: float | None = None
-    dropout: float = 0.0
-    target_modules: str | list[str] = ALL_LINEAR
-    base: str | None = None
-    quantize: Quantize | None = None
-
-    def faults(self, setting: str) -> Faults:
-        """Return what is wrong with the settings, and which package is missing.
-
-        Args:
-            setting: Name of the setting, for the messages.
-        """
-        faults = Faults()
-        if self.rank is not None:
-            faults.at_least(f"{setting}.rank", self.rank, 1)
-        if self.alpha is not None and not self.alpha > 0:
-            faults.add(f"{setting}.alpha must be > 0; got {self.alpha}")
-        if not 0 <= self.dropout < 1:
-            faults.add(f"{setting}.dropout must lie in [0, 1); got {self.dropout}")
-        if not self.target_modules:
-            faults.add(f"{setting}.target_modules must name a module; got none: say {ALL_LINEAR}")
-        if self.quantize is not None:
-            faults.one_of(f"{setting}.quantize", self.quantize, get_args(Quantize))
-        packages, extra = ["peft"], "lora"
-        if self.quantize:
-            packages, extra = [*packages, "bitsandbytes", "accelerate"], "qlora"
-        faults.add(extra_fault(setting, packages, extra))
-        return faults
-
-
-def as_lora(settings: Any) -> LoRA | None:
-    """Return settings of adapters, which checkpoints and Python may hold as a mapping."""
-    return settings if settings is None or isinstance(settings, LoRA) else LoRA(**settings)
-
-
-def as_primitives(settings: LoRA | None) -> dict[str, Any] | None:
-    """Return settings as checkpoints keep them."""
-    return None if settings is None else asdict(settings)
-
-
-# -- adapter folders -------------------------------------------------------------------------------
-
-
-def is_adapter(source: Any) -> bool:
-    """Return whether a source is a folder of peft's, which holds an adapter and no model."""
-    return isinstance(source, str) and (Path(source).expanduser() / _CONFIG).is_file()
-
-
-def adapter_fault(setting: str, source: str) -> str | None:
-    """Return what is wrong with an adapter folder as far as can be told without loading it."""
-    missing = extra_fault(f"{setting}={source}, an adapter folder,", ["peft"], "lora")
-    if missing:
-        return missing
-    try:
-        config = json.loads((Path(source).expanduser() / _CONFIG).read_text())
-    except ValueError as error:
-        return f"{setting}: {source}/{_CONFIG} cannot be read: {error}"
-    if config.get("peft_type") != "LORA":
-        return f"{setting}: {source} must hold a LoRA adapter; got {config.get('peft_type')}"
-    refused = _unknown_parts(config)
-    return f"{setting}: {source} must hold plain LoRA; got {refused}" if refused else None
-
-
-def adapter_base(source: str) -> str | None:
-    """Return the source of the model that an adapter folder belongs to, None if it tells none."""
-    config = json.loads((Path(source).expanduser() / _CONFIG).read_text())
-    base: str | None = config.get("base_model_name_or_path")
-    return base or None
-
-
-def adapter_labels(source: str) -> int | None:
-    """Return how many labels a classifier's adapter gives scores for, None if it holds no head."""
-    from peft import load_peft_weights
-
-    weights = load_peft_weights(str(Path(source).expanduser()), device="cpu")
-    heads = [
-        value.shape[0]
-        for name, value in weights.items()
-        if value.dim() == 2 and "lora_" not in name and set(_HEADS) & set(name.split("."))
-    ]
-    return min(heads, default=None)  # a head may have a layer before its last one
-
-
-def _unknown_parts(config: dict[str, Any]) -> str | None:
-    """Return in what an adapter goes beyond matrices beside linear modules, as far as we know."""
-    if config.get("bias", "none") != "none":
-        return f"bias={config['bias']}, which changes the model itself"
-    parts = ("trainable_token_indices", "layer_replication")
-    return next((f"{part}={config[part]}" for part in parts if config.get(part)), None)
 
 
 def base_fingerprint(model: Any, quantize: Quantize | None, made_up: Collection[str] = ()) -> str:
@@ -169,38 +50,6 @@ def base_fingerprint(model: Any, quantize: Quantize | None, made_up: Collection[
         for own, _ in part.named_parameters(recurse=False)
     }
     return fingerprint(model, without={*made_up, *linear}, roughly=True)
-
-
-def lasting(source: str) -> str:
-    """Return a source as another folder may name it: of a local one the whole path."""
-    path = Path(source).expanduser()
-    return str(path.resolve()) if path.exists() else source
-
-
-def quantization(
-    quantize: Quantize | None, device: torch.device, *, lowered: bool
-) -> dict[str, Any]:
-    """Return what makes ``from_pretrained`` keep the weights of linear modules in few bits.
-
-    Args:
-        quantize: How; None: not at all.
-        device: Where the model is to be.
-        lowered: Whether products are computed in bfloat16, else in float32.
-    """
-    if quantize is None:
-        return {}
-    from transformers import BitsAndBytesConfig
-
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quantize,
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16 if lowered else torch.float32,
-    )
-    return {"quantization_config": config, "device_map": {"": str(device)}}
-
-
-# -- a model and its adapters ----------------------------------------------------------------------
 
 
 class Adapters:
@@ -223,7 +72,9 @@ class Adapters:
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the adapters' own parameters: no part of a model that is trained along."""
-        return [parameter for layer in _layers(self.peft) for parameter in _of_adapters(layer)]
+        return [
+            parameter for layer in adapted_layers(self.peft) for parameter in _of_adapters(layer)
+        ]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -245,8 +96,7 @@ class Adapters:
         own = self.config
         for name in _DECISIVE:
             if own.get(name) != saved.get(name):
-                theirs, ours = (_few(one.get(name), other.get(name)) for one, other in
-                                ((saved, own), (own, saved)))  # fmt: skip
+                theirs, ours = _few(saved.get(name)), _few(own.get(name))
                 setting = f"model.lora.{_SETTINGS.get(name, 'target_modules')}"
                 return f"{setting} must be {theirs}, as in the checkpoint; got {ours}"
         return None
@@ -300,7 +150,7 @@ def new_adapters(
 
     rank = settings.rank or DEFAULT_RANK
     # peft adds the heads by their common names
-    whole = {name.rpartition(".")[0] for name in made_up or () if name.split(".")[0] not in _HEADS}
+    whole = {name.rpartition(".")[0] for name in made_up or () if name.split(".")[0] not in HEADS}
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank if settings.alpha is None else settings.alpha,  # type: ignore[arg-type]
@@ -350,8 +200,8 @@ def saved_adapters(
     adapters = _adapted(setting, model, config)
     _fill(setting, adapters, weights, folder, _OWN)
     if start:
-        adapters.peft.add_adapter(_START, config)
-        _fill(setting, adapters, weights, folder, _START)
+        adapters.peft.add_adapter(START, config)
+        _fill(setting, adapters, weights, folder, START)
         adapters.peft.set_adapter(_OWN)
         adapters.start = True
     return _deal_out(setting, adapters)
@@ -411,7 +261,7 @@ def _deal_out(setting: str, adapters: Adapters) -> Adapters:
     shards = shards_of(model)
     if shards is None:
         return adapters
-    layers = _layers(model)
+    layers = adapted_layers(model)
     if _adapts_experts(model):
         raise UserError(
             f"{setting}.target_modules must leave out experts with trainer.strategy=fsdp2, since "
@@ -419,12 +269,13 @@ def _deal_out(setting: str, adapters: Adapters) -> Adapters:
             "[q_proj, k_proj, v_proj, o_proj], or use ddp"
         )
     for layer in layers:
-        if layer.lora_A[_OWN].in_features != layer.get_base_layer().in_features:
+        base, own = layer.get_base_layer(), layer.lora_A[_OWN].in_features
+        if getattr(base, "in_features", own) != own:
             raise UserError(
                 f"{setting}: peft takes parts of weights for whole ones where there are several "
                 "copies of the model; set trainer.strategy.replicas to 1"
             )
-    for name in (_OWN, _START) if adapters.start else (_OWN,):
+    for name in (_OWN, START) if adapters.start else (_OWN,):
         pairs = [(layer.lora_A[name], layer.lora_B[name]) for layer in layers]
         shards.shard_within([part for pair in pairs for part in pair])
     for copied in _trained_copies(model):
@@ -471,7 +322,7 @@ def _ends(model: Any) -> list[Any]:
 
 def _check_names(setting: str, model: Any, names: list[str]) -> None:
     """Refuse names of no module, which peft passes over where another one is found."""
-    found = [name for name, part in model.named_modules() if part in set(_layers(model))]
+    found = [name for name, part in model.named_modules() if part in set(adapted_layers(model))]
     for name in names:
         if not any(own == name or own.endswith(f".{name}") for own in found):
             known = sorted({own.rpartition(".")[2] for own in found})
@@ -513,7 +364,7 @@ def _fill(setting: str, adapters: Adapters, weights: Any, folder: str, name: str
         model = type(adapters.peft.get_base_model()).__name__
         raise UserError(
             f"{setting}: the adapter in {folder} does not fit {model}: "
-            f"{reason}. Name the model it belongs to in its {_CONFIG}, or as model.lora.base"
+            f"{reason}. Name the model it belongs to in its {CONFIG}, or as model.lora.base"
         )
 
 
@@ -522,6 +373,28 @@ def _adapts_experts(model: Any) -> bool:
     from peft.tuners.lora.layer import ParamWrapper
 
     return any(isinstance(part, ParamWrapper) for part in model.modules())
+
+
+def _unread(model: Any) -> list[str]:
+    """Return the modules whose adapters no pass reads; none where weights are dealt out."""
+    if shards_of(model) is not None:
+        return []
+    last = {name: value for name, value in model.named_parameters() if ".lora_B." in name}
+    ids = torch.arange(8, device=device_of(model))[None]
+    ids = ids % model.get_input_embeddings().weight.shape[0]
+    modes = [(part, part.training) for part in model.modules()]
+    model.eval()
+    try:
+        with torch.enable_grad():
+            total = model(input_ids=ids, use_cache=False).logits.float().sum()
+            gradients = torch.autograd.grad(total, list(last.values()), allow_unused=True)
+    except Exception:  # what fails here fails in the first step
+        return []
+    finally:
+        for part, mode in modes:
+            part.training = mode
+    pairs = zip(last, gradients, strict=True)
+    return [name.partition(".lora_B.")[0] for name, gradient in pairs if gradient is None]
 
 
 def _tell_reach(model: Any) -> None:
@@ -533,8 +406,17 @@ def _tell_reach(model: Any) -> None:
             "attention's modules in model.lora.target_modules, or set model.gradient_checkpointing",
             type(model).__name__,
         )
+    unread = _unread(model)
+    if unread:
+        log.warning(
+            "%s: %d adapters have no part in what it says and will not be trained, since its code "
+            "reads the weights beside them: %s for one",
+            type(model).__name__,
+            len(unread),
+            unread[0],
+        )
     total = sum(parameter.numel() for parameter in model.parameters())
-    reached = {id(p) for part in [*_ends(model), *_layers(model)] for p in part.parameters()}
+    reached = {id(p) for part in [*_ends(model), *adapted_layers(model)] for p in part.parameters()}
     left = {
         name: parameter.numel()
         for name, parameter in model.named_parameters()
@@ -551,69 +433,7 @@ def _tell_reach(model: Any) -> None:
         )
 
 
-# -- the model as it was ---------------------------------------------------------------------------
-
-
-class BeforeTraining(FrozenModel):
-    """A policy as it was before training: itself with its adapters off, or those it began with.
-
-    It has no weights of its own, so there is nothing to move along or to keep.
-
-    Args:
-        model: The policy, with adapters within.
-        start: Whether it began with adapters, which stand besides.
-    """
-
-    def __init__(self, model: Any, start: bool = False) -> None:
-        self.model = model
-        self._start = start
-
-    def inside(self, function: Callable[[Any], Found]) -> Found:
-        """Return what a function of the model gives while the training's part is off."""
-        with _as_before(self.model, self._start):
-            return inside(self.model, function)
-
-    def follow(self, move: Callable[..., Any]) -> None:
-        """Do nothing: whoever holds the policy moves it."""
-
-
-@contextmanager
-def _as_before(model: Any, start: bool) -> Iterator[None]:
-    """Switch to the adapters of before, or to none, and to evaluation; then back to what it was."""
-    modes = [(part, part.training) for part in model.modules()]
-    layers = _layers(model)
-    states = [(layer, layer.disable_adapters, layer.active_adapters) for layer in layers]
-    model.eval()
-    try:
-        with _gradients_as_they_are(layers):
-            for layer in layers:
-                if start:
-                    layer.set_adapter(_START)
-                else:
-                    layer.enable_adapters(False)
-        yield
-    finally:
-        with _gradients_as_they_are(layers):
-            for layer, were_off, active in states:
-                layer.set_adapter(active)
-                layer.enable_adapters(not were_off)
-        for part, mode in modes:
-            part.training = mode
-
-
-@contextmanager
-def _gradients_as_they_are(layers: list[Any]) -> Iterator[None]:
-    """Leave what is trained as it is: peft's switches also say what needs a gradient."""
-    needs = [(parameter, parameter.requires_grad) for layer in layers
-             for parameter in layer.parameters()]  # fmt: skip
-    try:
-        yield
-    finally:
-        for parameter, need in needs:
-            parameter.requires_grad_(need)
-
-
-def _layers(model: Any) -> list[Any]:
+def adapted_layers(model: Any) -> list[Any]:
     """Return the modules of a model that hold adapters."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -645,8 +465,7 @@ def _plain(value: Any) -> Any:
     return value.value if hasattr(value, "value") else value
 
 
-def _few(value: Any, other: Any) -> Any:
-    """Return a value for a message: of two lists of names those that the other lacks."""
-    if not isinstance(value, list) or not isinstance(other, list):
-        return value
-    return value if len(value) <= 8 else f"{len(value)} names, {value[0]} among them"
+def _few(value: Any) -> Any:
+    """Return a value for a message: of many names the first."""
+    many = isinstance(value, list) and len(value) > 8
+    return f"{len(value)} names, {value[0]} among them" if many else value

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grao_lightning.faults import UserError
-from grao_lightning.language_model.adapters import (
+from grao_lightning.language_model.adapter_folders import (
     adapter_base,
     adapter_fault,
     adapter_labels,
     is_adapter,
-    saved_adapters,
 )
+from grao_lightning.language_model.adapters import saved_adapters
 from grao_lightning.language_model.sharded import Sharding, draw_whole, own_shards
 
 if TYPE_CHECKING:

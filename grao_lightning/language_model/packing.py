@@ -186,10 +186,9 @@ def split_into_packs(
 def own_budget(longest: int, device_type: str) -> int:
     """Return the most tokens of a micro-batch where none is asked for.
 
-    On a CPU 1,024 tokens are nearly as fast as any number, and take no more memory than one padded
-    row of the usual trainers (measured, see docs/memory.md); other devices are busy only with many
-    tokens (not measured). Twice the longest row, since in packs shorter than that most of what is
-    read is prompts, read over and over.
+    On a CPU 1,024 tokens are nearly as fast as more (measured, see docs/benchmarks.md); other
+    devices are busy only with many (not measured). Twice the longest row, since in packs shorter
+    than that most of what is read is prompts, read over and over.
 
     Args:
         longest: Tokens of the longest row.

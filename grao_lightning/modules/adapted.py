@@ -9,17 +9,15 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from grao_lightning.faults import Faults, UserError
+from grao_lightning.language_model.adapter_folders import is_adapter
 from grao_lightning.language_model.adapters import (
-    SLOW,
     Adapters,
-    LoRA,
     base_fingerprint,
-    is_adapter,
     new_adapters,
-    quantization,
     saved_adapters,
 )
 from grao_lightning.language_model.loading import ModelSource, base_of, source_name
+from grao_lightning.language_model.lora import SLOW, LoRA, quantization
 
 
 class AdaptedModule(LightningModule):

@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 from grao_lightning.batch import PromptBatch, TokenRow
 from grao_lightning.callbacks.scoring import GroupScoring
 from grao_lightning.faults import Faults
-from grao_lightning.language_model.adapters import BeforeTraining
+from grao_lightning.language_model.before_training import BeforeTraining
 from grao_lightning.language_model.fingerprint import fingerprint
 from grao_lightning.language_model.frozen import FrozenModel, bare, inside
 from grao_lightning.language_model.head import Weigh
@@ -182,7 +182,9 @@ class AlignmentModule(StepModule):
         if self.gradient_checkpointing:
             self.policy.gradient_checkpointing_enable({"use_reentrant": False})
         if not all(isinstance(source, str | None) for source in self._sources.values()):
-            self._fingerprint = fingerprint(bare(self.reference_model or self.policy))
+            before = isinstance(self.reference_model, BeforeTraining)
+            frozen = bare(self.reference_model or self.policy)
+            self._fingerprint = self._base_fingerprint if before else fingerprint(frozen)
 
     def _frozen_model(self) -> FrozenModel | None:
         """Return the reference model: the policy before training is within one with adapters."""

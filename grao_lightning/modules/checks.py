@@ -173,6 +173,12 @@ def _sharding_faults(trainer: Trainer, module: Any) -> Faults:
     if not isinstance(trainer.strategy, ShardedStrategy):
         return faults
     faults.add(*trainer.strategy.faults())
+    if module.optimizer != "adamw" or module.stochastic_rounding:
+        faults.add(
+            "model.optimizer must be adamw, without model.stochastic_rounding, with "
+            "trainer.strategy=fsdp2: its checkpoints have not been seen to hold moments of fewer "
+            f"bits; got {module.optimizer}: remove the settings"
+        )
     if module.activation_offload:
         faults.add(
             "model.activation_offload must be false with trainer.strategy=fsdp2, whose gathered "

@@ -12,7 +12,7 @@ from grao_lightning.batch import PromptBatch
 from grao_lightning.callbacks.phase import clock
 from grao_lightning.data.templates import template_change
 from grao_lightning.faults import Faults, NamedSettings, UserError
-from grao_lightning.language_model.adapters import LoRA, as_lora, as_primitives, is_adapter
+from grao_lightning.language_model.adapter_folders import is_adapter
 from grao_lightning.language_model.frozen import FrozenModel
 from grao_lightning.language_model.kept import packed_source
 from grao_lightning.language_model.loading import (
@@ -22,6 +22,7 @@ from grao_lightning.language_model.loading import (
     has_tokenizer,
     source_name,
 )
+from grao_lightning.language_model.lora import LoRA, as_lora, as_primitives
 from grao_lightning.language_model.offload import activations_on_host
 from grao_lightning.language_model.sharded import Sharding
 from grao_lightning.language_model.tokenizing import (
@@ -267,11 +268,12 @@ class StepModule(NamedSettings, AdaptedModule):
         faults.one_of("model.schedule", self.schedule, ("constant", "linear", "cosine"))
         faults.add(tokenizer_fault(self.trained_source, self._tokenizer_source))
         faults.add(*self.adapter_faults())
-        if self.master_weights and self.lora is not None:
-            faults.add(
-                "model.master_weights must be false with model.lora, whose adapters are float32 "
-                "themselves; got true: remove it"
-            )
+        for name in ("master_weights", "stochastic_rounding"):
+            if getattr(self, name) and self.lora is not None:
+                faults.add(
+                    f"model.{name} must be false with model.lora, whose adapters are float32 "
+                    "themselves; got true: remove it"
+                )
         return faults
 
     def setup(self, stage: str) -> None:

@@ -2,7 +2,7 @@
 
 ``python -m tests.benchmarks.figure RESULTS.json CURVES.json --plot FILE.png --readme README.md``
 puts the tables between the README's two benchmark comments. ``python -m tests.benchmarks.figure
-RESULTS.json --front FILE.png --memory docs/memory.md`` draws memory against speed instead.
+RESULTS.json --front FILE.png --page docs/benchmarks.md`` draws memory against speed instead.
 """
 
 import argparse
@@ -176,12 +176,12 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--readme", type=Path)
     parser.add_argument("--front", type=Path)
-    parser.add_argument("--memory", type=Path)
+    parser.add_argument("--page", type=Path)
     options = parser.parse_args()
     results = json.loads(options.results.read_text())
     if options.front:
         plot_front(results, options.front)
-        _put(options.memory, front_table(results))
+        _put(options.page, front_table(results))
         return
     curves = json.loads(options.curves.read_text())
     plot(results, curves, options.plot)

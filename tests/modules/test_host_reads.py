@@ -16,6 +16,7 @@ UPDATES = {
     "grao in many passes": (GRAOModule, {"micro_batch_tokens": 60}, {}),
     "grao, rows padded": (GRAOModule, {"share_prompts": False}, {}),
     "grao with drift and outward mask": (GRAOModule, {}, OUTWARD),
+    "grao with adapters": (GRAOModule, {"lora": {"rank": 4}}, OUTWARD),
     "grpo with KL, two updates": (GRPOModule, {"kl_weight": 0.05, "updates_per_rollout": 2}, {}),
     "grpo by sequence, two updates": (
         GRPOModule, {"ratio": "sequence", "updates_per_rollout": 2}, {},

@@ -23,16 +23,11 @@ from grao_lightning import (
 from grao_lightning.batch import TokenRow
 from grao_lightning.embedded.base import base_folder
 from grao_lightning.faults import UserError
-from grao_lightning.language_model.adapters import (
-    BeforeTraining,
-    LoRA,
-    kept_adapters,
-    new_adapters,
-    quantization,
-    saved_adapters,
-)
+from grao_lightning.language_model.adapters import kept_adapters, new_adapters, saved_adapters
+from grao_lightning.language_model.before_training import BeforeTraining
 from grao_lightning.language_model.loading import load_model
 from grao_lightning.language_model.logprobs import token_logprobs
+from grao_lightning.language_model.lora import LoRA, quantization
 from grao_lightning.language_model.sharing import share_prompts
 from tests.conftest import tiny_model
 from tests.runs import fit, largest_difference, stages, two_ranks, weights
@@ -341,6 +336,16 @@ def test_a_learning_rate_of_full_training_is_told(tmp_path, recwarn):
     recwarn.clear()
     fit(tmp_path, module=adapted(learning_rate=1e-4), max_steps=1)
     assert not any(told in str(warning.message) for warning in recwarn)
+
+
+def test_adapters_of_modules_whose_weight_is_read_directly_are_told(caplog):
+    options = {"state_size": 4, "intermediate_size": 48}
+    targets = ["in_proj", "x_proj"]
+    new_adapters("", tiny_model("Mamba", **options), LoRA(rank=2, target_modules=targets))
+    assert "have no part" not in caplog.text
+    targets = [*targets, "dt_proj"]  # multiplied by its weight, and never called
+    new_adapters("", tiny_model("Mamba", **options), LoRA(rank=2, target_modules=targets))
+    assert "2 adapters have no part in what it says" in caplog.text and "dt_proj" in caplog.text
 
 
 def test_what_adapters_reach_and_that_they_drop_out_is_told(tmp_path, caplog):
