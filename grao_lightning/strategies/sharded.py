@@ -15,7 +15,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from grao_lightning.faults import Faults, UserError
 from grao_lightning.files import put_in_place, remove, to_disk, unfinished_beside
 from grao_lightning.language_model.checkpoints import REST, checkpoint_fault
-from grao_lightning.language_model.sharded import Sharding, is_sharded_part, sharding_fault
+from grao_lightning.language_model.sharded import (
+    Sharding,
+    accelerator_type,
+    is_sharded_part,
+    sharding_fault,
+)
 
 NAME = "fsdp2"
 _DTYPES = {
@@ -78,6 +83,12 @@ class ShardedStrategy(ModelParallelStrategy):
         old = sharding_fault()
         if old:
             faults.add(f"trainer.strategy={NAME}: {old}, or use ddp")
+        elif self.root_device.type != accelerator_type():
+            faults.add(
+                f"trainer.accelerator must be this machine's own with trainer.strategy={NAME}; got "
+                f"{self.root_device.type} where there is {accelerator_type()}: hide the devices "
+                "(CUDA_VISIBLE_DEVICES=), or use ddp"
+            )
         if self.replicas < 1 or self.world_size % self.replicas:
             faults.add(
                 f"trainer.strategy.replicas must divide the {self.world_size} devices; got "

@@ -37,6 +37,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "bf16-true": ("GRAO", {"precision": "bf16-true"}),
     "bf16-mixed": ("GRAO", {"precision": "bf16-mixed"}),
     "64-true": ("GRAO", {"precision": "64-true"}),
+    "Reward, 64-true": ("Reward", {"precision": "64-true"}),
 }
 #: One prompt a rank, so that a rank may have only ties; uneven shards of the validation.
 DATA = {"prompts_per_step": 2, "validation_prompts": 9, "validation_batch_size": 4}

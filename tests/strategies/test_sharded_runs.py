@@ -51,8 +51,10 @@ def test_a_rank_keeps_its_share_of_weights_and_moments(found, case):
     assert max(rank["share"] for rank in found[case]) < 0.5 + 0.02
 
 
-def test_in_float64_the_steps_are_those_of_ddp(found):
-    for rank in found["64-true"]:
+@pytest.mark.parametrize("case", ["64-true", "Reward, 64-true"])
+def test_in_float64_the_steps_are_those_of_ddp(found, case):
+    """A reward model's new head is drawn alike, whatever the precision."""
+    for rank in found[case]:
         assert max(rank["norms"]) < 1e-12 and rank["weights"] < 1e-12
 
 
