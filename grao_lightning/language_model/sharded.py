@@ -174,8 +174,8 @@ def own_shards(model: Any, sharding: Sharding) -> Any:
 
     if not isinstance(model, FSDPModule):
         assert sharding.ranks * sharding.replicas == 1, "transformers has not sharded the model"
-        device = torch._C._get_accelerator().type
-        fully_shard(model, mesh=init_device_mesh(device, (1,)), **sharding.policies())
+        mesh = init_device_mesh(accelerator_type(), (1,))
+        fully_shard(model, mesh=mesh, **sharding.policies())
     whole = [name for name, value in model.named_parameters() if not hasattr(value, "device_mesh")]
     if whole:
         raise UserError(
@@ -185,6 +185,12 @@ def own_shards(model: Any, sharding: Sharding) -> Any:
     model.grao_shards = Shards(model, sharding)
     _keep_in_place(model)
     return model
+
+
+def accelerator_type() -> str:
+    """Return the kind of device that transformers deals out to: the machine's own, else CPUs."""
+    found = torch.accelerator.current_accelerator()
+    return "cpu" if found is None else found.type
 
 
 def draw_whole(model: Any, names: Sequence[str]) -> None:

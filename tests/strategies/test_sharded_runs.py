@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from tests.encoders import tiny_encoder_folder
+from tests.mixtures import mixture
 from tests.strategies.launch import on_ranks
 from tests.strategies.sharded_runs import METHODS, RUNS
 
@@ -16,6 +17,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Return what two ranks found in all runs; starting them takes longer than the rest."""
     folder = tmp_path_factory.mktemp("runs")
     tiny_encoder_folder(folder / "encoder")
+    for part in mixture("qwen3_moe").values():
+        part.save_pretrained(folder / "mixture")
     return on_ranks("sharded_runs.py", folder, *METHODS, *RUNS, "resumed", "spread", limit=200)
 
 
@@ -48,8 +51,10 @@ def test_a_rank_keeps_its_share_of_weights_and_moments(found, case):
     assert max(rank["share"] for rank in found[case]) < 0.5 + 0.02
 
 
-def test_in_float64_the_steps_are_those_of_ddp(found):
-    for rank in found["64-true"]:
+@pytest.mark.parametrize("case", ["64-true", "Reward, 64-true"])
+def test_in_float64_the_steps_are_those_of_ddp(found, case):
+    """A reward model's new head is drawn alike, whatever the precision."""
+    for rank in found[case]:
         assert max(rank["norms"]) < 1e-12 and rank["weights"] < 1e-12
 
 
