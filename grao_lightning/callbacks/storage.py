@@ -8,7 +8,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch import Trainer
 
-from grao_lightning.files import put_back, put_in_place, to_disk, unfinished_beside
+from grao_lightning.files import put_back, put_in_place, remove, to_disk, unfinished_beside
 from grao_lightning.language_model.checkpoints import is_sharded, read_checkpoint
 
 
@@ -29,8 +29,12 @@ class WholeFiles(TorchCheckpointIO):
         place = Path(path)
         place.parent.mkdir(parents=True, exist_ok=True)
         unfinished = unfinished_beside(place)
-        torch.save(checkpoint, unfinished)
-        to_disk(unfinished)
+        try:
+            torch.save(checkpoint, unfinished)
+            to_disk(unfinished)
+        except BaseException:
+            remove(unfinished)
+            raise
         put_in_place(unfinished, place)
 
     def load_checkpoint(self, path: Any, *options: Any, **named: Any) -> dict[str, Any]:

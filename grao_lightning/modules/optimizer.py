@@ -107,7 +107,7 @@ def low_bit_adamw(
             for group in self.param_groups:  # a number where a schedule or an AdamW left one
                 group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32)
             drawn = _drawn_from(self._steps(), parameters) if stochastic_rounding else nullcontext()
-            with drawn:
+            with drawn, _float32_by_default():
                 super().step()
             return result
 
@@ -138,6 +138,20 @@ def _drawn_from(step: int, parameters: Iterable[Tensor]) -> Iterator[None]:
     with torch.random.fork_rng(cuda):
         torch.manual_seed(hash((run_seed(), step, *shards)) % 2**63)
         yield
+
+
+@contextmanager
+def _float32_by_default() -> Iterator[None]:
+    """Make new tensors float32: torchao's step counts and scales would lose their digits.
+
+    Under trainer.precision=bf16-true Lightning makes bfloat16 the default.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 class MasterWeights(Optimizer):

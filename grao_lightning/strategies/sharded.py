@@ -132,6 +132,8 @@ class ShardedStrategy(ModelParallelStrategy):
         try:
             super().save_checkpoint(checkpoint, unfinished, storage_options)
         except CheckpointException as error:  # which is no Exception
+            if self.is_global_zero:
+                remove(unfinished)
             reason = str(next(iter(error.failures.values()))[0])
             raise UserError(f"{path} cannot be written: {reason}") from error
         self.barrier()
@@ -153,10 +155,18 @@ class ShardedStrategy(ModelParallelStrategy):
             UserError: It is no whole checkpoint, or none to go on from.
         """
         path = Path(self.broadcast(checkpoint_path))
-        fault = checkpoint_fault("ckpt_path", str(path), goes_on=bool(self.optimizers))
+        assert self.lightning_module is not None
+        goes_on = self.lightning_module.trainer.state.fn == "fit"
+        fault = checkpoint_fault("ckpt_path", str(path), goes_on=goes_on)
         if fault:
             raise UserError(fault)
-        return super().load_checkpoint(path, weights_only)
+        if goes_on:
+            return super().load_checkpoint(path, weights_only)
+        left, self.optimizers = self.optimizers, []  # of a fit before: their states stay
+        try:
+            return super().load_checkpoint(path, weights_only)
+        finally:
+            self.optimizers = left
 
     def is_joined(self, step: int) -> bool:
         """Return whether all ranks ask this soon, after the same step; once a run.

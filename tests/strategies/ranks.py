@@ -97,6 +97,10 @@ def run(
     }
     if module.global_rank == 0:
         torch.save(whole, folder / f"{name}.pt")
+    if best is not None:  # weights alone are enough for that, also after a run
+        path = str(folder / "best.ckpt")
+        data = module.trainer.datamodule
+        module.trainer.validate(module, datamodule=data, ckpt_path=path, verbose=False)
     return module
 
 
