@@ -245,7 +245,8 @@ def _adapters(source: str, lora: str) -> int:
     assert settings is not None
     settings.faults("model.lora").raise_if_any()
     model = empty_model("model.policy", source)
-    return sum(p.numel() for p in new_adapters("model.policy", model, settings).parameters())
+    parameters = new_adapters("model.policy", model, settings).parameters()
+    return sum(p.numel() for p in set(parameters))  # wrappers of experts name some twice
 
 
 def _merge(into: dict[str, Any], content: dict[str, Any]) -> None:

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-from grao_lightning import PromptDataModule, ReferenceAwareClipping, SFTModule
+from grao_lightning import PromptDataModule, SFTModule
 from grao_lightning.command.memory import planned
 from grao_lightning.language_model import footprint
 from tests.command.memory_page import SHAPES
-from tests.runs import trainer
+from tests.runs import stages, trainer
 
 TOKENS = 1024
 
@@ -35,9 +35,7 @@ def main(model: str, precision: str, *more: str) -> None:
     rows = [{"prompt": " word" * (TOKENS // 2), "completion": answer}] * 2
     module = SFTModule(policy=model, learning_rate=1e-6, reference_model=None, **options)
     with tempfile.TemporaryDirectory() as folder:
-        run = trainer(
-            Path(folder), callbacks=[ReferenceAwareClipping()], max_steps=2, precision=precision
-        )
+        run = trainer(Path(folder), callbacks=stages(), max_steps=2, precision=precision)
         data = PromptDataModule(train=rows, validation=rows, prompts_per_step=1)
         before = _resident()
         run.fit(module, datamodule=data)

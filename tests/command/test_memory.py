@@ -8,6 +8,7 @@ from lightning.pytorch import Callback
 
 from grao_lightning import GRAOModule
 from grao_lightning.__main__ import main
+from grao_lightning.batch import TokenRow
 from grao_lightning.command.memory import given_settings, memory_table, planned
 from grao_lightning.embedded.base import base_folder
 from grao_lightning.faults import UserError
@@ -15,7 +16,7 @@ from grao_lightning.language_model import footprint
 from grao_lightning.language_model.measuring import empty_model, size_of
 from grao_lightning.language_model.sharing import share_prompts
 from grao_lightning.language_model.states import answer_states, decoder_reader
-from tests.conftest import tiny_model
+from tests.conftest import VOCABULARY, tiny_model
 from tests.language_model.test_architectures import ROWS
 from tests.mixtures import mixture
 from tests.runs import fit, stages
@@ -81,10 +82,17 @@ def test_what_layers_keep_of_a_token_is_what_a_pack_keeps(tmp_path, family):
             found[values.untyped_storage().data_ptr()] = values.untyped_storage()
         return values
 
-    tokens = sum(map(len, {tuple(row.prompt_ids) for row in ROWS}))
-    tokens += sum(len(row.answer_ids) - 1 for row in ROWS)
+    rows = [
+        TokenRow(
+            [token % VOCABULARY for token in row.prompt_ids],
+            [token % VOCABULARY for token in row.answer_ids],
+        )
+        for row in ROWS
+    ]
+    tokens = sum(map(len, {tuple(row.prompt_ids) for row in rows}))
+    tokens += sum(len(row.answer_ids) - 1 for row in rows)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda values: values):
-        states = answer_states(model, ROWS, "packed", decoder_reader(model.get_decoder()))
+        states = answer_states(model, rows, "packed", decoder_reader(model.get_decoder()))
     assert states.requires_grad
     kept = sum(storage.nbytes() for storage in found.values()) / tokens
     assert size.kept_float32 == pytest.approx(kept, rel=0.1)
