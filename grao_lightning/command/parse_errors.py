@@ -66,8 +66,7 @@ def explain(
     owner = _owner(message)
     setting = _setting(message, owner)
     if owner is not None:
-        inner = setting.partition("init_args.")[2]
-        known = [f"{setting}.{name}" for name in _parameters(_held(owner, inner) or owner)]
+        known = [f"{setting}.{name}" for name in _parameters(_held(owner, setting))]
     if found := _UNKNOWN.search(message):
         return unknown_setting(".".join(filter(None, (setting, *found.groups()))), known)
     if found := _UNKNOWN_ARGUMENT.search(message):
@@ -215,11 +214,11 @@ def _expected(text: str) -> str:
     return _TYPES.get(name, name)
 
 
-def _held(owner: type, name: str) -> type | None:
-    """Return the dataclass of one of a class's arguments, None if it is of another kind."""
-    argument = inspect.signature(owner).parameters.get(name)
+def _held(owner: type, setting: str) -> type:
+    """Return the dataclass that an argument of a class holds, the class itself if it holds none."""
+    argument = inspect.signature(owner).parameters.get(setting.partition("init_args.")[2])
     kinds = () if argument is None else (argument.annotation, *get_args(argument.annotation))
-    return next((kind for kind in kinds if inspect.isclass(kind) and is_dataclass(kind)), None)
+    return next((kind for kind in kinds if inspect.isclass(kind) and is_dataclass(kind)), owner)
 
 
 def _parameters(owner: type) -> list[str]:
