@@ -21,6 +21,8 @@ commands:
   judge-check
             how far a judge or reward agrees with people:
                                 grao judge-check --config configs/judge_check.yaml
+  memory    what a run needs on each device, without loading a model:
+                                grao memory --config configs/qwen2.5_7b_fsdp2.yaml
   export    write a Hugging Face folder:
                                 grao export --ckpt_path ... --output ...
 
@@ -44,7 +46,7 @@ def main() -> int:
     if arguments[0] == "--version":
         print(f"grao-lightning {__version__}")
         return 0
-    commands = ("init", "fit", "validate", "compare", "judge-check", "export")
+    commands = ("init", "fit", "validate", "compare", "judge-check", "memory", "export")
     if arguments[0] not in commands:
         print(
             f"grao: no command {arguments[0]!r}; there are {', '.join(commands)}", file=sys.stderr
@@ -82,6 +84,10 @@ def _carry_out(arguments: list[str]) -> int:
         from grao_lightning.command.export import export_command
 
         export_command(arguments[1:])
+    elif arguments[0] == "memory":
+        from grao_lightning.command.memory import memory_command
+
+        memory_command(arguments[1:])
     elif arguments[0] == "compare":
         from grao_lightning.compare.command import compare_command
 

@@ -10,9 +10,11 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from grao_lightning.callbacks import stopping
+from grao_lightning.callbacks import folders, stopping
 from grao_lightning.callbacks.stopping import Stopped
 from grao_lightning.display.vocabulary import figure_of
+from grao_lightning.files import remove
+from grao_lightning.strategies.sharded import ShardedStrategy
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +38,11 @@ class BestCheckpoint(ModelCheckpoint):
         enable_version_counter: Whether a file of that name stays, and this one gets a number.
         save_on_train_epoch_end: False, since epochs do not end here; null = Lightning's own choice,
             which with ``val_check_interval=1`` is to wait for it.
-        settings: The settings of Lightning's ``ModelCheckpoint``.
+        export: Whether the weights also lie beside as a Hugging Face folder, ``best`` beside
+            ``best.ckpt``, as ``grao export`` writes it.
+        settings: The settings of Lightning's ``ModelCheckpoint``, among them
+            ``save_weights_only``: without the optimiser's states it takes a third of the room, and
+            no run can go on from it.
     """
 
     def __init__(
@@ -46,6 +52,7 @@ class BestCheckpoint(ModelCheckpoint):
         filename: str | None = "best",
         enable_version_counter: bool = False,
         save_on_train_epoch_end: bool | None = False,
+        export: bool = False,
         **settings: Any,
     ) -> None:
         super().__init__(
@@ -57,6 +64,7 @@ class BestCheckpoint(ModelCheckpoint):
             **settings,
         )
         self._given = {"monitor": monitor, "mode": mode}
+        self.export = export
 
     @property
     def state_key(self) -> str:
@@ -82,6 +90,22 @@ class BestCheckpoint(ModelCheckpoint):
         """Save if the figure of a validation outside of ``fit`` is the best."""
         self._find_figure(trainer)
         self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+        folders.wait()
+
+    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Wait until the folder lies there."""
+        folders.wait()
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        super()._save_checkpoint(trainer, filepath)
+        if self.export:
+            folders.write_behind(trainer, _folder_of(filepath))
+
+    def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        super()._remove_checkpoint(trainer, filepath)
+        if self.export and trainer.is_global_zero:
+            folders.wait()
+            remove(_folder_of(filepath))
 
     def _find_figure(self, trainer: Trainer) -> None:
         if self.monitor is not None:
@@ -109,6 +133,13 @@ class LastCheckpoint(ModelCheckpoint):
     A run that a signal asks to stop is saved at the end of its step, on all ranks together; then
     `StopBetweenSteps` ends it.
 
+    Args:
+        dirpath: Folder; null = that of the run.
+        export_every: Steps after which the weights are also written as a Hugging Face folder,
+            ``step_200`` beside ``last.ckpt``, as ``grao export`` writes it, and those of the last
+            step; all of them stay. null = none.
+        settings: The settings of Lightning's ``ModelCheckpoint``.
+
     Attributes:
         written: The checkpoint that this process wrote last.
         stop: Number of the signal that asked any rank to stop, once the step is saved; 0: none.
@@ -118,6 +149,17 @@ class LastCheckpoint(ModelCheckpoint):
     stop = 0
     _validating = False
     _cut_off = False
+    _exported_step = 0
+
+    def __init__(
+        self,
+        dirpath: str | Path | None = None,
+        *,
+        export_every: int | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(dirpath=dirpath, **settings)
+        self.export_every = export_every
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Let signals wait for the end of a step."""
@@ -132,6 +174,8 @@ class LastCheckpoint(ModelCheckpoint):
         """Save where it is due or the run shall stop, unless a validation follows."""
         if not _validation_follows(trainer):
             self._save_if_due(trainer, pl_module)
+        if self.export_every and trainer.global_step % self.export_every == 0:
+            self._export(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Let a signal end a validation that is no part of a run at once."""
@@ -165,10 +209,16 @@ class LastCheckpoint(ModelCheckpoint):
         super().on_train_end(trainer, pl_module)
         if self._last_global_step_saved != trainer.global_step and self.dirpath is not None:
             self._save(trainer)
+        if self.export_every:
+            self._export(trainer)
         stopping.defer(False)
         self.stop = _asked_of_any(trainer)
         if self.stop:
             raise Stopped(self.stop, in_order=True)
+
+    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Wait until the newest folder lies there."""
+        folders.wait()
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Save, unless a signal came in the middle of something, or the run is kept already."""
@@ -177,7 +227,8 @@ class LastCheckpoint(ModelCheckpoint):
             return
         self._cut_off = self._validating
         if not isinstance(exception, Stopped):
-            super().on_exception(trainer, pl_module, exception)
+            if not self._should_save_on_exception(trainer) or _all_can_save(trainer):
+                super().on_exception(trainer, pl_module, exception)
         elif exception.in_order and self._should_save_on_exception(trainer):
             self._save(trainer)
 
@@ -207,6 +258,13 @@ class LastCheckpoint(ModelCheckpoint):
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
         self.written = Path(filepath)
+
+    def _export(self, trainer: Trainer) -> None:
+        step = trainer.global_step
+        if step == self._exported_step or self.dirpath is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        self._exported_step = step
+        folders.write_behind(trainer, Path(self.dirpath) / f"step_{step}")
 
     def _is_due(self, trainer: Trainer) -> bool:
         every, step = self._every_n_train_steps, trainer.global_step
@@ -248,6 +306,23 @@ def _asked_of_any(trainer: Trainer) -> int:
         return stopping.asked()
     told = torch.tensor(float(stopping.asked()), device=trainer.strategy.root_device)
     return int(trainer.strategy.reduce(told, reduce_op="max"))
+
+
+def _all_can_save(trainer: Trainer) -> bool:
+    """Return whether all ranks that a checkpoint needs have come to save it."""
+    strategy = trainer.strategy
+    if not isinstance(strategy, ShardedStrategy) or strategy.is_joined(trainer.global_step):
+        return True
+    log.warning(
+        "rank %s failed alone, and no rank can save without the others: the newest checkpoint is "
+        "the one before",
+        trainer.global_rank,
+    )
+    return False
+
+
+def _folder_of(filepath: str) -> Path:
+    return Path(filepath).with_suffix("")
 
 
 def _better(monitor: str | None) -> Literal["max", "min"]:

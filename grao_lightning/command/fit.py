@@ -3,6 +3,7 @@
 import importlib
 import sys
 from argparse import ArgumentError
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch
@@ -38,6 +39,7 @@ from grao_lightning.command.trainer import (
 from grao_lightning.data.datamodule import PromptDataModule
 from grao_lightning.display.logs import configure_logging
 from grao_lightning.faults import Faults, UserError
+from grao_lightning.files import put_back
 from grao_lightning.language_model.checkpoints import checkpoint_fault
 from grao_lightning.modules import MODULES
 from grao_lightning.modules.checks import run_faults
@@ -180,7 +182,9 @@ class GRAOCommandLine(LightningCLI):
         if source is None:
             return None
         if source == "last" and self._command == "fit":
-            if self.config[self._command].last_checkpoint.dirpath:
+            folder = self.config[self._command].last_checkpoint.dirpath
+            if folder:
+                put_back(Path(folder) / "last.ckpt")
                 return None
             return (
                 "ckpt_path=last looks in last_checkpoint.dirpath, which is not set; set it to a "

@@ -31,7 +31,7 @@ _COMMANDS = {
 }
 _GENERAL = (
     Setting("config", "FILE", None, "settings in YAML; grao init writes one"),
-    Setting("ckpt_path", "FILE", None, "checkpoint to go on from, or to measure"),
+    Setting("ckpt_path", "PATH", None, "checkpoint to go on from, or to measure"),
     Setting("seed_everything", "int", "0", "of everything that is random"),
     Setting("print_config", "", None, "show all settings with their values, and stop"),
     Setting("help-all", "", None, "all that there is to say, also of Trainer's settings"),

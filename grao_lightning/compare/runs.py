@@ -16,7 +16,7 @@ from pathlib import Path
 from grao_lightning.callbacks import stopping
 from grao_lightning.callbacks.stopping import Stopped
 from grao_lightning.compare.plan import Run
-from grao_lightning.files import write_whole
+from grao_lightning.files import put_back, write_whole
 from grao_lightning.rewards.importing import own_modules
 
 _SECONDS_TO_SAVE = 5.0  # of a run that is stopped; without, it goes on from an older checkpoint
@@ -149,6 +149,7 @@ def _work(run: Run, output: Path, keep_checkpoints: bool) -> str | None:
 
 def _resume_or_fit(run: Run, folder: Path) -> None:
     checkpoint = folder / "checkpoints" / "last.ckpt"
+    put_back(checkpoint)
     if checkpoint.exists():
         try:
             _fit(run, folder, checkpoint)

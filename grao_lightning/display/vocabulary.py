@@ -99,6 +99,7 @@ clip_ratio/low_mean | | share | | .1f | GRPO, PPO: tokens clipped below 1 - `mod
 clip_ratio/high_mean | | share | | .1f | GRPO, PPO: tokens clipped above 1 + `model.eps_high`
 clip_ratio/outward | | share | | .1f | tokens dropped by `clipping.outward_mask`
 clip_ratio/grad_norm | | share | | .1f | 1 where the gradient norm was clipped
+router_loss | | | lower | .3f | of a mixture's experts, before the update and its weight
 grad_norm | | | | .3f | gradient norm before it is clipped
 kl_weight | | | | .4f | PPO: weight of the KL reward
 value/loss | | squared reward | lower | .3f | PPO: of the value head

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from grao_lightning.faults import UserError
+from grao_lightning.files import put_back
 
 #: Of a folder of shards: what lies where, by torch.distributed.checkpoint, and all but the tensors,
 #: by Lightning.
@@ -28,6 +29,7 @@ def checkpoint_fault(setting: str, source: str, *, goes_on: bool = False) -> str
         goes_on: Whether a run shall go on from it, and not only read its weights.
     """
     path = Path(source).expanduser()
+    put_back(path)
     if not path.exists():
         return (
             f"{setting}: no such file: {source}; give a checkpoint of grao fit, such as {_EXAMPLE}"
@@ -41,12 +43,17 @@ def checkpoint_fault(setting: str, source: str, *, goes_on: bool = False) -> str
     if lacks:
         return f"{setting}: {source} is no checkpoint of grao fit, or is {lacks}; give a whole one"
     if goes_on and not _has_optimizer_states(path):
-        return (
-            f"{setting}: {source} holds no optimiser states (it was saved with save_weights_only), "
-            "so that no run can go on from it; give last.ckpt, or begin a new run from the folder "
-            "that grao export makes of it"
-        )
+        return no_optimizer_states(setting, source)
     return None
+
+
+def no_optimizer_states(setting: str, source: Any) -> str:
+    """Return that no run can go on from a checkpoint of weights alone."""
+    return (
+        f"{setting}: {source} holds no optimiser states (it was saved with save_weights_only), so "
+        "that no run can go on from it; give last.ckpt, or begin a new run from the folder that "
+        "grao export makes of it"
+    )
 
 
 def read_checkpoint(setting: str, path: Path, *, optimizer_states: bool = False) -> dict[str, Any]:
@@ -62,32 +69,22 @@ def read_checkpoint(setting: str, path: Path, *, optimizer_states: bool = False)
         optimizer_states: Whether those of a folder are read too; a file's are, once they are used.
 
     Raises:
-        UserError: It cannot be read.
+        UserError: It cannot be read, or is a folder that is cut off.
     """
     import torch
     from torch.distributed.checkpoint.api import CheckpointException
 
+    fault = checkpoint_fault(setting, str(path)) if path.is_dir() else None
+    if fault:
+        raise UserError(fault)
     try:
         if path.is_dir():
             return _joined(path, optimizer_states=optimizer_states)
-        with torch.serialization.safe_globals(_low_bit_states()):
-            content: dict[str, Any] = torch.load(
-                path, map_location="cpu", weights_only=True, mmap=True
-            )
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return content
     except (Exception, CheckpointException) as error:  # what is damaged fails in many ways
         reason = str(error).splitlines()[0] if str(error) else repr(error)
         raise UserError(f"{setting}: {path} cannot be read: {reason}") from error
-
-
-def _low_bit_states() -> list[Any]:
-    """Return the kinds of tensors in which torchao's optimisers keep their moments."""
-    try:
-        from torchao.optim.subclass_4bit import OptimState4bit
-        from torchao.optim.subclass_8bit import OptimState8bit
-    except ImportError:
-        return []
-    return [OptimState4bit, OptimState8bit]
 
 
 def _lack_of_file(path: Path) -> str | None:

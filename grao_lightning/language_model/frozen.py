@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from grao_lightning.language_model.precision import keeping_float32
 from grao_lightning.language_model.sharded import shards_of
 
 Found = TypeVar("Found")
@@ -27,7 +28,7 @@ class FrozenModel:
 
     def follow(self, move: Callable[..., Any]) -> None:
         """Move or cast the model as ``torch.nn.Module._apply`` does with a tree that holds it."""
-        self.model._apply(move)
+        self.model._apply(keeping_float32(self.model, move))
 
 
 def inside(model: Any, function: Callable[[Any], Found]) -> Found:

@@ -17,15 +17,18 @@ from grao_lightning.language_model.frozen import bare, inside
 from grao_lightning.language_model.head import Weigh, head_loss, head_obstacle, head_of
 from grao_lightning.language_model.packing import own_budget, riders, split_into_packs
 from grao_lightning.language_model.positions import check_length
+from grao_lightning.language_model.routing import Router, router_of
 from grao_lightning.language_model.sharded import device_of, passes_over_ranks
 from grao_lightning.language_model.sharing import padding_is_exact, shares_prompts
 from grao_lightning.language_model.states import (
+    Read,
     Way,
     decoder_reader,
     logits_reader,
     states_and_targets,
 )
 from grao_lightning.language_model.trial import decoder_of
+from grao_lightning.objectives.balance import Routing
 
 _FILLER = TokenRow([0], [0])
 
@@ -41,6 +44,7 @@ class TokenLogprobs:
         lengths: R numbers, answer tokens of each row.
         states: [K, H] from which each token was predicted, with a gradient; None where the model's
             head is unknown.
+        routing: What the routers of a mixture of experts did, where it was asked for.
     """
 
     loss: Tensor
@@ -48,6 +52,7 @@ class TokenLogprobs:
     entropy: Tensor
     lengths: list[int]
     states: Tensor | None
+    routing: Routing | None = None
 
     def by_row(self) -> list[Tensor]:
         """Return one [T] tensor a row."""
@@ -74,6 +79,7 @@ def token_logprobs(
     temperature: float = 1.0,
     weigh: Weigh | None = None,
     weigh_rows: bool = False,
+    shares: Sequence[float] | None = None,
     into_grad: bool = False,
 ) -> TokenLogprobs:
     """Return log pi(answer token | what stands before it) for every answer token of every row.
@@ -87,11 +93,13 @@ def token_logprobs(
         weigh_rows: Whether a token's weight depends on other tokens: ``weigh`` is then called once,
             with all of them, and the head is computed twice.
         into_grad: Add the head's gradient to its weight's ``.grad`` at once, see `head_loss`.
+        shares: [R] weight of each row's prompt in ``routing`` (`prompt_shares`); None: no routing.
     """
-    return inside(
-        model,
-        lambda model: _token_logprobs(model, rows, temperature, weigh, weigh_rows, into_grad),
-    )
+
+    def computed(model: Any) -> TokenLogprobs:
+        return _token_logprobs(model, rows, temperature, weigh, weigh_rows, into_grad, shares)
+
+    return inside(model, computed)
 
 
 def _token_logprobs(
@@ -101,17 +109,18 @@ def _token_logprobs(
     weigh: Weigh | None,
     weigh_rows: bool,
     into_grad: bool,
+    shares: Sequence[float] | None,
 ) -> TokenLogprobs:
     if not rows:
-        return _of_no_rows(model, temperature)
+        return _of_no_rows(model, temperature, None if shares is None else [0.0])
     lengths = [len(row.answer_ids) for row in rows]
     knows_head = head_obstacle(model) is None
     read = decoder_reader(decoder_of(model)) if knows_head else logits_reader(model)
-    way: Way = "packed" if _packs(model) else "padded"
-    if way == "padded" and not padding_is_exact(model, read):
-        way = "one by one"
+    way = _way(model, read)
     check_length(model, max(map(len, rows)))
-    states, targets = states_and_targets(model, rows, way, read)
+    router = None if shares is None else router_of(model, decoder_of(model))
+    states, targets = states_and_targets(model, rows, way, router or read, shares=shares)
+    routing = None if router is None else router.routing
     # Only now: a sharded head's weight is at hand once the decoder has run.
     head = head_of(model) if knows_head else None
     if head is None:
@@ -132,15 +141,41 @@ def _token_logprobs(
         loss, flat, entropy = head_loss(
             states, head, targets, temperature, weigh, into_grad=into_grad
         )
-    return TokenLogprobs(loss, flat, entropy, lengths, states)
+    return TokenLogprobs(loss, flat, entropy, lengths, states, routing)
 
 
-def _of_no_rows(model: Any, temperature: float) -> TokenLogprobs:
+def row_routing(model: Any, rows: Sequence[TokenRow], shares: Sequence[float]) -> Routing:
+    """Return what the routers of a language model do with rows, without its head.
+
+    Args:
+        model: A Hugging Face causal language model that `router_loss_obstacle` has nothing against.
+        rows: R prompts with their answers. No rows: as in `token_logprobs`.
+        shares: [R] weight of each row's prompt.
+    """
+
+    def routed(model: Any) -> Routing:
+        router: Router = router_of(model, decoder_of(model))
+        way = _way(model, decoder_reader(decoder_of(model)))
+        states_and_targets(model, rows or [_FILLER], way, router, shares=shares or [0.0])
+        assert router.routing is not None
+        return router.routing
+
+    return inside(model, routed)
+
+
+def _way(model: Any, read: Read) -> Way:
+    if _packs(model):
+        return "packed"
+    return "padded" if padding_is_exact(model, read) else "one by one"
+
+
+def _of_no_rows(model: Any, temperature: float, shares: Sequence[float] | None) -> TokenLogprobs:
     """Return the log-probabilities of no tokens after a pass like any other, its gradient 0."""
     weigh: Weigh | None = (lambda _, flat: flat * 0.0) if torch.is_grad_enabled() else None
-    computed = _token_logprobs(model, [_FILLER], temperature, weigh, False, False)
+    computed = _token_logprobs(model, [_FILLER], temperature, weigh, False, False, shares)
     states = None if computed.states is None else computed.states[:0]
-    return TokenLogprobs(computed.loss, computed.flat[:0], computed.entropy[:0], [], states)
+    flat, entropy = computed.flat[:0], computed.entropy[:0]
+    return TokenLogprobs(computed.loss, flat, entropy, [], states, computed.routing)
 
 
 def frozen_logprobs(

@@ -6,8 +6,8 @@ side by side, each behind its own copy, as rows that share nothing attend. Neith
 [S, S]: with one, and with key heads that several query heads share, scaled dot-product attention
 has no fused kernel and would form all scores.
 
-Written without a GPU at hand: on CPU both ways are tested, flex_attention uncompiled; on CUDA
-nothing was run or timed. That is why a trial decides.
+Written without a GPU at hand: on CPU both ways are tested, flex_attention's gradients uncompiled;
+on CUDA nothing was run or timed. That is why a trial decides.
 """
 
 import logging

@@ -52,6 +52,8 @@ class Pack:
         targets: [K] the answer tokens, row by row.
         rows: [K] number of the row each answer token belongs to, in the order of the rows given.
         lengths: [R] answer tokens of each row.
+        weights: [S] of each token where prompts have weights: of a prompt the sum of its rows', of
+            an answer 1, 0 for a row's last token.
     """
 
     ids: Tensor
@@ -61,6 +63,7 @@ class Pack:
     targets: Tensor
     rows: Tensor
     lengths: Tensor
+    weights: Tensor
 
     def mask(self) -> Tensor:
         """Return who sees whom, [S, S] bool, True = sees: the tree as a dense mask."""
@@ -88,6 +91,7 @@ class Pack:
             self,
             ids=F.pad(self.ids, (0, room)),
             positions=F.pad(self.positions, (0, room)),
+            weights=F.pad(self.weights, (0, room)),
             segments=(*self.segments, Segment(len(self.ids), room, ())),
         )
 
@@ -105,26 +109,35 @@ class Pack:
         return segment, branch.repeat_interleave(sizes)
 
 
-def pack_rows(rows: Sequence[TokenRow], *, longest_whole: bool = False) -> Pack:
+def pack_rows(
+    rows: Sequence[TokenRow],
+    *,
+    longest_whole: bool = False,
+    shares: Sequence[float] | None = None,
+) -> Pack:
     """Return the pack of rows, those with equal prompts behind one copy of it.
 
     Args:
         rows: Prompts with their answers.
         longest_whole: Whether the longest row keeps its last token, so that a model that goes by
             the longest text of a pass sees how long it is.
+        shares: [R] weight of each row's prompt; None: 1.
     """
+    shares = [1.0] * len(rows) if shares is None else shares
     whole = max(range(len(rows)), key=lambda number: len(rows[number])) if longest_whole else None
     by_prompt: dict[tuple[int, ...], list[int]] = {}
     for number, row in enumerate(rows):
         by_prompt.setdefault(tuple(row.prompt_ids), []).append(number)
     ids: TokenIds = []
     positions: list[int] = []
+    weights: list[float] = []
     segments: list[Segment] = []
     sources: list[list[int]] = [[] for _ in rows]
     for prompt, numbers in by_prompt.items():
         start, length = len(ids), len(prompt)
         ids += prompt
         positions += range(length)
+        weights += [sum(shares[number] for number in numbers)] * length
         lengths = []
         for number in numbers:
             answer = rows[number].answer_ids
@@ -132,6 +145,7 @@ def pack_rows(rows: Sequence[TokenRow], *, longest_whole: bool = False) -> Pack:
             sources[number] = [start + length - 1, *range(len(ids), len(ids) + len(answer) - 1)]
             ids += branch
             positions += range(length, length + len(branch))
+            weights += [float(at < len(answer) - 1) for at in range(len(branch))]
             lengths.append(len(branch))
         segments.append(Segment(start, length, tuple(n for n in lengths if n)))
     row_lengths = torch.tensor([len(row.answer_ids) for row in rows])
@@ -143,6 +157,7 @@ def pack_rows(rows: Sequence[TokenRow], *, longest_whole: bool = False) -> Pack:
         targets=torch.tensor([token for row in rows for token in row.answer_ids]),
         rows=torch.arange(len(rows)).repeat_interleave(row_lengths),
         lengths=row_lengths,
+        weights=torch.tensor(weights),
     )
 
 

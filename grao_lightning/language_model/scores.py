@@ -24,6 +24,7 @@ from grao_lightning.language_model.frozen import inside
 from grao_lightning.language_model.logprobs import at_least_float32, split_padded
 from grao_lightning.language_model.packing import split_into_packs
 from grao_lightning.language_model.positions import check_length, first_position
+from grao_lightning.language_model.routing import Router
 from grao_lightning.language_model.sharded import device_of, passes_over_ranks
 from grao_lightning.language_model.sharing import shares_prompts
 from grao_lightning.language_model.states import Way, answer_states, decoder_reader
@@ -34,21 +35,30 @@ _FILLER = TokenRow([0], [0])
 Reading = Literal["last token", "masked", "one by one"]
 
 
-def row_scores(model: Any, rows: Sequence[TokenRow]) -> Tensor:
+def row_scores(
+    model: Any, rows: Sequence[TokenRow], router: Router | None = None, shares: Any = None
+) -> Tensor:
     """Return the logits [R, L] of rows in one forward pass, float32 or wider.
 
     Args:
         model: A Hugging Face sequence classification model.
         rows: R prompts with their answers; no answer may be empty. No rows: a pass that changes
             nothing, for ranks that must make as many as others.
+        router: Reads in place of the backbone, and keeps what its routers did.
+        shares: [R] weight of each row's prompt there.
     """
-    return inside(model, lambda model: _row_scores(model, rows or [_FILLER])[: len(rows)])
+    own = None if router is None else shares or [0.0]
+    return inside(
+        model, lambda model: _row_scores(model, rows or [_FILLER], router, own)[: len(rows)]
+    )
 
 
-def _row_scores(model: Any, rows: Sequence[TokenRow]) -> Tensor:
+def _row_scores(
+    model: Any, rows: Sequence[TokenRow], router: Router | None = None, shares: Any = None
+) -> Tensor:
     reading = reading_of(model)
     if reading == "last token":
-        return at_least_float32(model.score(_last_states(model, rows)))
+        return at_least_float32(model.score(_last_states(model, rows, router, shares)))
     if reading == "masked":
         return at_least_float32(model(**_masked_inputs(model, rows)).logits)
     (most,) = passes_over_ranks(model, len(rows))
@@ -121,12 +131,14 @@ def most_tokens(model: Any) -> int | None:
     return None if positions is None else int(positions) - first_position(model)
 
 
-def _last_states(model: Any, rows: Sequence[TokenRow]) -> Tensor:
+def _last_states(
+    model: Any, rows: Sequence[TokenRow], router: Router | None, shares: Any
+) -> Tensor:
     """Return the state [R, H] of each row's last token."""
     way: Way = "packed" if shares_prompts(model) else "padded"
-    read = decoder_reader(model.base_model)
+    read = router or decoder_reader(model.base_model)
     check_length(model, max(map(len, rows)))
-    states = answer_states(model, with_room(rows), way, read, last_is_read=False)
+    states = answer_states(model, with_room(rows), way, read, last_is_read=False, shares=shares)
     ends = torch.tensor([len(row.answer_ids) + 1 for row in rows]).cumsum(0)
     return states[sent(states.device, ends - 1)[0]]
 

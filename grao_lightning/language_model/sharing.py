@@ -93,7 +93,6 @@ def share_prompts(model: Any, *, gives_tokens: bool = True) -> bool:
             return True
         _put_back(model, model._grao_own_attention)
     model._grao_may_share = True
-    silence_router_losses(model)
     try:
         reason = obstacle(model) or _dropout(model)
         if reason is None and gives_tokens:
@@ -140,18 +139,6 @@ def _padding_fault(model: Any, read: Read) -> str | None:
     except Exception as error:
         return f"it takes no padded ones ({_told(error)})"
     return "padded ones have other states, or it looks ahead"
-
-
-def silence_router_losses(model: Any) -> None:
-    """Leave out the routers' auxiliary loss, which no objective here has, and say so."""
-    config = model.config.get_text_config()
-    if getattr(config, "output_router_logits", False):
-        config.output_router_logits = False
-        log.warning(
-            "%s: output_router_logits is switched off: the auxiliary loss that balances its "
-            "experts is no part of any objective here",
-            type(model).__name__,
-        )
 
 
 def tell_dropout(model: Any) -> None:

@@ -56,14 +56,20 @@ def logits_reader(model: Any) -> Read:
 
 
 def answer_states(
-    model: Any, rows: Sequence[TokenRow], way: Way, read: Read, *, last_is_read: bool = True
+    model: Any, rows: Sequence[TokenRow], way: Way, read: Read, **options: Any
 ) -> Tensor:
     """Return the states [K, H] of `states_and_targets`."""
-    return states_and_targets(model, rows, way, read, last_is_read=last_is_read)[0]
+    return states_and_targets(model, rows, way, read, **options)[0]
 
 
 def states_and_targets(
-    model: Any, rows: Sequence[TokenRow], way: Way, read: Read, *, last_is_read: bool = True
+    model: Any,
+    rows: Sequence[TokenRow],
+    way: Way,
+    read: Read,
+    *,
+    last_is_read: bool = True,
+    shares: Sequence[float] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the states [K, H] that predict the answer tokens, and these tokens [K] beside them.
 
@@ -76,6 +82,8 @@ def states_and_targets(
         read: Its forward pass.
         last_is_read: Whether a row's last token, which predicts nothing, is part of the text whose
             length decides on frequencies.
+        shares: [R] weight of each row's prompt, for a reader that asks for ``token_weights``: 1 for
+            a token of an answer, 0 for a row's last one and for padding. None: it does not ask.
     """
     lengths = [len(row) - (not last_is_read) for row in rows]
     passes = by_frequencies(model, lengths)
@@ -89,12 +97,14 @@ def states_and_targets(
     pieces: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * len(rows)
     for numbers in passes:
         chosen = [rows[number] for number in numbers]
+        own = None if shares is None else [shares[number] for number in numbers]
         forget_frequencies(model)
         if way == "packed":
             whole = last_is_read and chooses_frequencies(model)
-            found = _packed(read, pack_rows(chosen, longest_whole=whole), device)
+            pack = pack_rows(chosen, longest_whole=whole, shares=own)
+            found = _packed(read, pack, device, weighted=own is not None)
         else:
-            found = _padded(read, chosen, last_is_read, device)
+            found = _padded(read, chosen, last_is_read, device, own)
         if len(passes) == 1 and not more:
             return found
         lengths_here = [len(row.answer_ids) for row in chosen]
@@ -102,31 +112,44 @@ def states_and_targets(
         for number, (states, targets) in zip(numbers, parts, strict=True):
             pieces[number] = states, targets
     states, targets = (torch.cat(part) for part in zip(*pieces, strict=True))
-    for _ in range(more):  # as other ranks do; of no effect, but with a backward pass
+    return _beside_others(model, read, states, more), targets
+
+
+def _beside_others(model: Any, read: Read, states: Tensor, passes: int) -> Tensor:
+    """Make as many passes more as other ranks do: of no effect, but with a backward pass."""
+    for _ in range(passes):
         forget_frequencies(model)
-        unread = read(torch.zeros(1, 1, dtype=torch.long, device=device))
+        unread = read(torch.zeros(1, 1, dtype=torch.long, device=states.device))
         states = states + unread.flatten()[:0].sum()
-    return states, targets
+    return states
 
 
-def _packed(read: Read, pack: Pack, device: torch.device) -> tuple[Tensor, Tensor]:
+def _packed(
+    read: Read, pack: Pack, device: torch.device, *, weighted: bool
+) -> tuple[Tensor, Tensor]:
     if device.type != "cpu":
         pack = pack.padded(BLOCK)  # kernels want whole blocks, and shapes that repeat are reused
     ids, positions, sources, targets = sent(
         device, pack.ids, pack.positions, pack.sources, pack.targets
     )
+    more = {"token_weights": sent(device, pack.weights)[0][None]} if weighted else {}
     states = read(
         ids[None],
         position_ids=positions[None],
         # Four dimensions: handed through as it is, and never read by the layout.
         attention_mask=torch.ones(1, 1, 1, 1, device=device),
         shared_prompts=TreeLayout(pack),
+        **more,
     )
     return states[0, sources], targets
 
 
 def _padded(
-    read: Read, rows: Sequence[TokenRow], last_is_read: bool, device: torch.device
+    read: Read,
+    rows: Sequence[TokenRow],
+    last_is_read: bool,
+    device: torch.device,
+    shares: Sequence[float] | None,
 ) -> tuple[Tensor, Tensor]:
     texts = [row.prompt_ids + row.answer_ids for row in rows]
     if not last_is_read:
@@ -144,4 +167,11 @@ def _padded(
         torch.tensor(of_rows),
         torch.tensor([token for row in rows for token in row.answer_ids]),
     )
-    return read(ids).flatten(0, 1)[sources], targets
+    more = {}
+    if shares is not None:
+        weights = torch.zeros(len(rows), width)
+        for number, (row, share) in enumerate(zip(rows, shares, strict=True)):
+            weights[number, : len(row) - 1] = 1.0
+            weights[number, : len(row.prompt_ids)] = share
+        more = {"token_weights": sent(device, weights)[0]}
+    return read(ids, **more).flatten(0, 1)[sources], targets

@@ -26,17 +26,20 @@ from grao_lightning.language_model.logprobs import (
     MicroBatch,
     TokenLogprobs,
     evened_out,
+    row_routing,
     split_by_tokens,
     token_logprobs,
 )
+from grao_lightning.language_model.routing import leave_out_router_logits
 from grao_lightning.language_model.sharing import (
     share_prompts,
     shares_prompts,
-    silence_router_losses,
     tell_dropout,
 )
 from grao_lightning.language_model.transfer import sent
+from grao_lightning.language_model.trial import decoder_of
 from grao_lightning.metrics.outcomes import GainKind, TiesAs
+from grao_lightning.modules.balance import check_router_loss
 from grao_lightning.modules.step import Mode, StepModule, StepSettings
 from grao_lightning.modules.validation import MetricSet, ValidationMetrics
 from grao_lightning.objectives.advantages import GroupScale, GroupStatistics
@@ -178,6 +181,7 @@ class AlignmentModule(StepModule):
         self.check_vocabulary()
         with torch.no_grad():
             inside(self.policy, tell_dropout)
+            check_router_loss(self.policy, decoder_of, self.router_loss)
         self.reference_model = self._frozen_model()
         if self.gradient_checkpointing:
             self.policy.gradient_checkpointing_enable({"use_reentrant": False})
@@ -212,7 +216,7 @@ class AlignmentModule(StepModule):
             model = source
             if asked or shares_prompts(model):  # as an earlier module left it
                 model.set_attn_implementation(asked or "sdpa")
-        silence_router_losses(model)
+        leave_out_router_logits(model)
         if name == "policy":
             self.adapt(model)
         with torch.no_grad():
@@ -286,7 +290,14 @@ class AlignmentModule(StepModule):
             beside: Further loss on a micro-batch, such as the value's; also on one without rows.
         """
         collected = RowLogprobs(len(rows))
+        if self.router_loss is not None:  # it counts every row
+            micro_batches = [MicroBatch(part.numbers, True) for part in micro_batches]
         micro_batches = evened_out(self.policy, micro_batches)
+        balance = self.router_balance(
+            rows,
+            [part.numbers for part in micro_batches],
+            lambda chosen, shares: row_routing(self.policy, chosen, shares),
+        )
         for at, micro_batch in enumerate(micro_batches, start=1):
             numbers = micro_batch.numbers
             weighs = micro_batch.needs_gradient and numbers
@@ -297,11 +308,13 @@ class AlignmentModule(StepModule):
                     temperature=self.logprob_temperature,
                     weigh=weigh_for(numbers) if weighs else None,
                     weigh_rows=weigh_rows,
+                    shares=None if balance is None else balance.shares(numbers),
                     into_grad=self.owns_gradients,
                 )
             collected.add(numbers, computed)
             if micro_batch.needs_gradient:
                 loss = computed.loss + (0.0 if beside is None else beside(numbers, computed))
+                loss = loss + (0.0 if balance is None else balance.loss(computed.routing))
                 self.backward_part(loss, is_last=at == len(micro_batches))
         return collected
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 
+from grao_lightning.callbacks.checkpoint import LastCheckpoint
 from grao_lightning.callbacks.clipping import ReferenceAwareClipping
 from grao_lightning.callbacks.sampling import GroupSampling
 from grao_lightning.callbacks.scoring import GroupScoring
@@ -51,6 +52,7 @@ def run_faults(trainer: Trainer, module: Any, data: Any, command: str | None) ->
     faults.add(_quantization_fault(trainer, module))
     faults.add(*_sharding_faults(trainer, module))
     faults.add(*_monitor_faults(trainer, module))
+    faults.add(*_last_checkpoint_faults(trainer))
     return faults
 
 
@@ -280,6 +282,22 @@ def _monitor_faults(trainer: Trainer, module: Any) -> Faults:
             faults.add(f"checkpoint monitor {monitor!r} is not logged; did you mean {close[0]}?")
         else:
             faults.add(_direction_fault(callback))
+    return faults
+
+
+def _last_checkpoint_faults(trainer: Trainer) -> Faults:
+    faults = Faults()
+    for last in trainer.checkpoint_callbacks:
+        if not isinstance(last, LastCheckpoint):
+            continue
+        if last.export_every is not None:
+            faults.at_least("last_checkpoint.export_every", last.export_every, 1)
+        if last.save_weights_only:
+            faults.add(
+                "last_checkpoint.save_weights_only must be false, since a run goes on from it with "
+                "its optimiser's states; got true: remove it, or set best_checkpoint."
+                "save_weights_only"
+            )
     return faults
 
 

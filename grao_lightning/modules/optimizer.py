@@ -107,9 +107,15 @@ def low_bit_adamw(
             for group in self.param_groups:  # a number where a schedule or an AdamW left one
                 group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32)
             drawn = _drawn_from(self._steps(), parameters) if stochastic_rounding else nullcontext()
-            with drawn:
+            with drawn, _float32_by_default():
                 super().step()
             return result
+
+        def state_dict(self) -> dict[str, Any]:
+            return _with_states(super().state_dict(), _flattened)
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            super().load_state_dict(_with_states(state_dict, _joined))
 
         def _steps(self) -> int:
             return int(max((state["step"] for state in self.state.values()), default=0))
@@ -118,6 +124,38 @@ def low_bit_adamw(
         parameters, bf16_stochastic_round=stochastic_rounding, **options
     )
     return optimizer
+
+
+def _with_states(state_dict: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+    """Return the state of an optimiser with each of its values changed."""
+    states = {
+        number: {name: change(value) for name, value in state.items()}
+        for number, state in state_dict["state"].items()
+    }
+    return {**state_dict, "state": states}
+
+
+def _flattened(value: Any) -> Any:
+    """Return the plain tensors of a quantised one: torch.load maps no others to a device."""
+    if type(value).__name__ not in _quantized():
+        return value
+    names, context = value.__tensor_flatten__()
+    parts = {name: getattr(value, name) for name in names}
+    return {"kind": type(value).__name__, "parts": parts, "context": list(context)}
+
+
+def _joined(value: Any) -> Any:
+    """Return the quantised tensor that `_flattened` took apart, and all else as it is."""
+    if not isinstance(value, dict):
+        return value
+    return _quantized()[value["kind"]].__tensor_unflatten__(value["parts"], value["context"])
+
+
+def _quantized() -> dict[str, Any]:
+    from torchao.optim.subclass_4bit import OptimState4bit
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    return {kind.__name__: kind for kind in (OptimState4bit, OptimState8bit)}
 
 
 @contextmanager
@@ -138,6 +176,20 @@ def _drawn_from(step: int, parameters: Iterable[Tensor]) -> Iterator[None]:
     with torch.random.fork_rng(cuda):
         torch.manual_seed(hash((run_seed(), step, *shards)) % 2**63)
         yield
+
+
+@contextmanager
+def _float32_by_default() -> Iterator[None]:
+    """Make new tensors float32: torchao's step counts and scales would lose their digits.
+
+    Under trainer.precision=bf16-true Lightning makes bfloat16 the default.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 class MasterWeights(Optimizer):

@@ -17,6 +17,7 @@ from grao_lightning.language_model.loading import (
     source_name,
 )
 from grao_lightning.language_model.logprobs import MicroBatch, evened_out, split_together
+from grao_lightning.language_model.routing import Router, leave_out_router_logits, router_of
 from grao_lightning.language_model.scores import (
     fitted,
     most_tokens,
@@ -28,8 +29,10 @@ from grao_lightning.language_model.sharing import share_prompts, shares_prompts
 from grao_lightning.language_model.transfer import sent
 from grao_lightning.metrics.outcomes import Estimate
 from grao_lightning.metrics.pairs import PairMetrics, ReliabilityBin
+from grao_lightning.modules.balance import check_router_loss
 from grao_lightning.modules.checks import check_pairs
 from grao_lightning.modules.step import Charts, Mode, StepModule, StepSettings
+from grao_lightning.objectives.balance import Routing
 from grao_lightning.objectives.bradley_terry import BradleyTerrySettings, bradley_terry_loss
 from grao_lightning.randomness import run_seed
 from grao_lightning.rewards.preference import length_alone
@@ -154,6 +157,7 @@ class RewardModule(StepModule):
             for part in self.reward_model.modules():
                 if isinstance(part, torch.nn.Dropout):
                     part.p = 0.0
+        leave_out_router_logits(self.reward_model)
         self.adapt(self.reward_model, made_up)
         with torch.no_grad():
             inside(self.reward_model, self._try_out)
@@ -166,6 +170,12 @@ class RewardModule(StepModule):
         asked = self.attn_implementation is not None
         if reading_of(model) == "last token" and self.share_prompts and not asked:
             share_prompts(model, gives_tokens=False)
+        if self.router_loss is not None and reading_of(model) != "last token":
+            raise UserError(
+                f"model.router_loss must be null for {type(model).__name__}, whose scores are read "
+                f"{reading_of(model)}; got {self.router_loss}"
+            )
+        check_router_loss(model, lambda model: model.base_model, self.router_loss)
 
     def _loaded(self) -> tuple[Any, list[str]]:
         """Return the model, with the attention asked for, and the weights that are random."""
@@ -207,14 +217,21 @@ class RewardModule(StepModule):
         parts = self._micro_batches(rows)
         micro_batches = [part.numbers for part in evened_out(self.reward_model, parts)]
         found: list[Tensor] = []
+        balance = self.router_balance(rows, micro_batches, self._routing)
         for at, numbers in enumerate(micro_batches, start=1):
+            router = None if balance is None else self._router()
+            shares = None if balance is None else balance.shares(numbers)
+            chosen = [rows[number] for number in numbers]
             with self.kept_activations():
-                computed = row_scores(self.reward_model, [rows[number] for number in numbers])[:, 0]
+                computed = row_scores(self.reward_model, chosen, router, shares)[:, 0]
             own = None
             if margins is not None:
                 own = sent(self.device, margins[numbers[0::2]])[0].to(computed.dtype)
             loss = bradley_terry_loss(computed[0::2], computed[1::2], self.settings, own)
-            self.backward_part(loss.sum() / total, is_last=at == len(micro_batches))
+            loss = loss.sum() / total
+            if balance is not None and router is not None:
+                loss = loss + balance.loss(router.routing)
+            self.backward_part(loss, is_last=at == len(micro_batches))
             found.append(computed.detach().double())
         self._note(batch, self._in_order(found, micro_batches), margins)
         self.finish_step(batch)
@@ -223,6 +240,15 @@ class RewardModule(StepModule):
         """Return the scores of all rows, [R] float64, from those of each micro-batch."""
         places = torch.tensor([number for numbers in micro_batches for number in numbers])
         return torch.cat(found)[sent(self.device, places.argsort())[0]]
+
+    def _router(self) -> Router:
+        return router_of(self.reward_model, self.reward_model.base_model)
+
+    def _routing(self, rows: list[TokenRow], shares: list[float]) -> Routing:
+        router = self._router()
+        row_scores(self.reward_model, rows, router, shares)
+        assert router.routing is not None
+        return router.routing
 
     def _micro_batches(self, rows: list[TokenRow]) -> list[MicroBatch]:
         """Return rows by forward pass, a pair's chosen and rejected answer side by side."""

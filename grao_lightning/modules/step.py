@@ -1,5 +1,6 @@
 """What every module shares: one optimiser step a batch, in micro-batches, on all devices."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Literal, TypedDict
 
@@ -8,11 +9,13 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from grao_lightning.batch import PromptBatch
+from grao_lightning.batch import PromptBatch, TokenRow
 from grao_lightning.callbacks.phase import clock
+from grao_lightning.callbacks.storage import use_whole_files
 from grao_lightning.data.templates import template_change
 from grao_lightning.faults import Faults, NamedSettings, UserError
 from grao_lightning.language_model.adapter_folders import is_adapter
+from grao_lightning.language_model.checkpoints import no_optimizer_states
 from grao_lightning.language_model.frozen import FrozenModel
 from grao_lightning.language_model.kept import packed_source
 from grao_lightning.language_model.loading import (
@@ -24,6 +27,7 @@ from grao_lightning.language_model.loading import (
 )
 from grao_lightning.language_model.lora import LoRA, as_lora, as_primitives
 from grao_lightning.language_model.offload import activations_on_host
+from grao_lightning.language_model.precision import keeping_float32
 from grao_lightning.language_model.sharded import Sharding
 from grao_lightning.language_model.tokenizing import (
     TokenizerSource,
@@ -33,6 +37,7 @@ from grao_lightning.language_model.tokenizing import (
 )
 from grao_lightning.metrics.outcomes import Estimate
 from grao_lightning.modules.adapted import AdaptedModule
+from grao_lightning.modules.balance import Count, RouterBalance
 from grao_lightning.modules.checks import check_run
 from grao_lightning.modules.host_memory import give_back_memory
 from grao_lightning.modules.optimizer import (
@@ -66,6 +71,7 @@ class StepSettings(TypedDict, total=False):
     activation_offload: bool
     attn_implementation: str | None
     share_prompts: bool
+    router_loss: float | None
     tokenizer: TokenizerSource | None
     lora: LoRA | None
 
@@ -98,10 +104,12 @@ class StepModule(NamedSettings, AdaptedModule):
         attn_implementation: Of the Hugging Face models, such as flash_attention_2; prompts are
             then not shared.
         share_prompts: Read every prompt once for all that follows it, where the model allows it.
+        router_loss: Weight of the loss that balances a mixture's experts, beside the method's own;
+            its configuration's router_aux_loss_coef is one. Costs another forward pass. null = off.
         tokenizer: Hub name or folder, in Python also a loaded one; null = the model's own, of a
             model that is handed over that of the name it was loaded from.
-        lora: Train adapters of low rank and leave the model's own weights as they are, such as
-            {rank: 16}; null = train the whole model.
+        lora: Train adapters {rank, alpha, dropout, target_modules, base, quantize} in the place of
+            the weights. ``{}`` takes the defaults, see `LoRA`; null = train the weights.
     """
 
     #: Whether training reads sampled, scored groups (and not only the data's answers).
@@ -133,6 +141,7 @@ class StepModule(NamedSettings, AdaptedModule):
         activation_offload: bool = False,
         attn_implementation: str | None = None,
         share_prompts: bool = True,
+        router_loss: float | None = None,
         tokenizer: TokenizerSource | None = None,
         lora: LoRA | None = None,
     ) -> None:
@@ -156,6 +165,8 @@ class StepModule(NamedSettings, AdaptedModule):
         self.activation_offload = activation_offload
         self.attn_implementation = attn_implementation
         self.share_prompts = share_prompts
+        self.router_loss = router_loss
+        self._router_losses: list[Tensor] = []  # of the updates on this batch
         self.reference_model_source: str | None = None
         self.reference_model: FrozenModel | None = None
         self.tokenizer: Any = None  # once `own_tokenizer` has loaded it
@@ -265,6 +276,8 @@ class StepModule(NamedSettings, AdaptedModule):
             faults.at_least("model.micro_batch_tokens", self.micro_batch_tokens, 1)
         faults.one_of("model.optimizer", self.optimizer, OPTIMIZERS)
         faults.add(optimizer_fault(self.optimizer, self.master_weights, self.stochastic_rounding))
+        if self.router_loss is not None and not self.router_loss > 0:
+            faults.add(f"model.router_loss must be > 0 or null; got {self.router_loss}")
         faults.one_of("model.schedule", self.schedule, ("constant", "linear", "cosine"))
         faults.add(tokenizer_fault(self.trained_source, self._tokenizer_source))
         faults.add(*self.adapter_faults())
@@ -279,6 +292,7 @@ class StepModule(NamedSettings, AdaptedModule):
     def setup(self, stage: str) -> None:
         """Check the run as a whole; Lightning calls this before ``configure_model``."""
         self.check_run()
+        use_whole_files(self.trainer)
 
     def check_run(self) -> None:
         """Tell all faults together; our data asks for it before it reads anything."""
@@ -309,6 +323,10 @@ class StepModule(NamedSettings, AdaptedModule):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._schedule_factor)
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move and cast; what transformers keeps in float32 stays so in half precision."""
+        return super()._apply(keeping_float32(self.trained_model, fn), recurse)
+
     def on_fit_start(self) -> None:
         """Put the model in training mode: Hugging Face loads models in evaluation mode."""
         self.train()
@@ -329,10 +347,29 @@ class StepModule(NamedSettings, AdaptedModule):
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         assert not isinstance(optimizer, list) and scheduler is not None
         batch.statistics.mean("learning_rate", float(optimizer.param_groups[0]["lr"]))
+        if self._router_losses:
+            batch.statistics.mean("router_loss", torch.stack(self._router_losses))
+            self._router_losses = []
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         scheduler.step()  # type: ignore[union-attr]
         self._log_step(batch)
+
+    def router_balance(
+        self, rows: Sequence[TokenRow], micro_batches: Sequence[Sequence[int]], count: Count
+    ) -> RouterBalance | None:
+        """Return what balances the experts in an update, see `RouterBalance`; None: it is off."""
+        if self.router_loss is None:
+            return None
+        balance = RouterBalance(
+            self.router_loss,
+            rows,
+            micro_batches,
+            count,
+            lambda values: self.reduce_over_ranks(values, "sum"),
+        )
+        self._router_losses.append(balance.value)
+        return balance
 
     def global_sum(self, value: float) -> float:
         """Return the sum of a number over all ranks."""
@@ -487,8 +524,11 @@ class StepModule(NamedSettings, AdaptedModule):
         """Compare how prompts were read with how they are read now.
 
         Raises:
-            UserError: A run that goes on would read them otherwise, or trains other weights.
+            UserError: A run that goes on would read them otherwise, has no optimiser states, or
+                trains other weights.
         """
+        if self._goes_on_without_states(checkpoint):
+            raise UserError(no_optimizer_states("ckpt_path", self.trainer.ckpt_path))
         self.check_adapters(checkpoint.get("adapters"))
         self._base_is_start = self._base_is_start and checkpoint.get("base_is_start", True)
         data = self._data()
@@ -499,6 +539,15 @@ class StepModule(NamedSettings, AdaptedModule):
             raise UserError(fault)
         if fault:
             rank_zero_warn(f"{fault}. The figures are those of prompts it has not learned to read")
+
+    def _goes_on_without_states(self, checkpoint: dict[str, Any]) -> bool:
+        trainer = self._trainer
+        if trainer is None or trainer.state.fn != "fit":
+            return False
+        # Where the strategy loads them itself, it has done so.
+        return trainer.strategy.lightning_restore_optimizer and (
+            "optimizer_states" not in checkpoint
+        )
 
     def _data(self) -> Any:
         """Return the DataModule; None where there is none, nor a trainer."""

@@ -1,15 +1,20 @@
 """``--trainer.strategy fsdp2``: every device keeps a part of weights, gradients and optimiser."""
 
+import uuid
 from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch.distributed.checkpoint.api import CheckpointException
 
-from grao_lightning.faults import Faults
+from grao_lightning.faults import Faults, UserError
+from grao_lightning.files import put_in_place, remove, to_disk, unfinished_beside
+from grao_lightning.language_model.checkpoints import REST, checkpoint_fault
 from grao_lightning.language_model.sharded import (
     Sharding,
     accelerator_type,
@@ -24,6 +29,9 @@ _DTYPES = {
     "bf16-true": torch.bfloat16,
     "bf16-mixed": torch.float32,
 }
+
+
+_SOON = timedelta(seconds=30)
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -55,6 +63,7 @@ class ShardedStrategy(ModelParallelStrategy):
         super().__init__(process_group_backend=process_group_backend, timeout=timeout)
         self.replicas = replicas
         self.cpu_offload = cpu_offload
+        self._store: Any = None
 
     @property
     def sharding(self) -> Sharding:
@@ -98,6 +107,89 @@ class ShardedStrategy(ModelParallelStrategy):
         self._tensor_parallel_size = 1
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
+        if self.world_size > 1:
+            # No collective operation, which a rank alone could not even be freed from.
+            store = torch.distributed.distributed_c10d._get_default_store()
+            name = self.broadcast(uuid.uuid4().hex)
+            self._store = torch.distributed.PrefixStore(name, store)
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
+    ) -> None:
+        """Write a folder beside its place, and move it there once all ranks have written.
+
+        A run that is killed meanwhile keeps the checkpoint before. The folder must lie where all
+        nodes write.
+
+        Raises:
+            UserError: A rank cannot write its part.
+        """
+        path = Path(self.broadcast(filepath))
+        unfinished = unfinished_beside(path)
+        if self.is_global_zero:
+            remove(unfinished)
+        self.barrier()
+        try:
+            super().save_checkpoint(checkpoint, unfinished, storage_options)
+        except CheckpointException as error:  # which is no Exception
+            if self.is_global_zero:
+                remove(unfinished)
+            reason = str(next(iter(error.failures.values()))[0])
+            raise UserError(f"{path} cannot be written: {reason}") from error
+        self.barrier()
+        if self.is_global_zero:
+            to_disk(unfinished / REST)
+            put_in_place(unfinished, path)
+
+    def load_checkpoint(
+        self, checkpoint_path: Any, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Load weights and, in training, optimiser states; return the rest of a checkpoint.
+
+        Args:
+            checkpoint_path: A folder that any number of ranks wrote, or the file of another
+                strategy.
+            weights_only: Whether the rest may hold plain values alone.
+
+        Raises:
+            UserError: It is no whole checkpoint, or none to go on from.
+        """
+        path = Path(self.broadcast(checkpoint_path))
+        assert self.lightning_module is not None
+        goes_on = self.lightning_module.trainer.state.fn == "fit"
+        fault = checkpoint_fault("ckpt_path", str(path), goes_on=goes_on)
+        if fault:
+            raise UserError(fault)
+        if goes_on:
+            return super().load_checkpoint(path, weights_only)
+        left, self.optimizers = self.optimizers, []  # of a fit before: their states stay
+        try:
+            return super().load_checkpoint(path, weights_only)
+        finally:
+            self.optimizers = left
+
+    def is_joined(self, step: int) -> bool:
+        """Return whether all ranks ask this soon, after the same step; once a run.
+
+        For a rank that has failed: to save, all must meet, and others may be at work still.
+
+        Args:
+            step: That this rank has taken last.
+        """
+        if self._store is None:
+            return True
+        ranks = [f"rank {rank}" for rank in range(self.world_size)]
+        try:
+            self._store.set(ranks[self.global_rank], str(step))
+            try:
+                self._store.wait(ranks, _SOON)
+                joined = len({self._store.get(rank) for rank in ranks}) == 1
+            except RuntimeError:
+                joined = False
+            # The first to decide decides for all.
+            return bool(self._store.compare_set("joined", "", str(joined)) == b"True")
+        except RuntimeError:  # the store went with the rank that held it
+            return False
 
     @contextmanager
     def block_backward_sync(self) -> Generator:

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback
 from grao_lightning import GRAOModule, RewardModule
 from grao_lightning.callbacks.checkpoint import BestCheckpoint, LastCheckpoint
 from grao_lightning.callbacks.last_step import ValidateLastStep
+from grao_lightning.callbacks.storage import WholeFiles
 from tests.runs import fit, largest_difference, stages, weights
 
 
@@ -161,3 +162,17 @@ def test_a_run_that_was_at_its_end_goes_on_like_one_that_was_not(tmp_path):
     assert torch.load(saved, weights_only=False)["global_step"] == 2
     resumed, _ = run("parts", 4, ckpt_path=saved)
     assert largest_difference(weights(whole), weights(resumed)) == 0.0
+
+
+def test_a_file_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    def full(content, path) -> None:
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    last = tmp_path / "last.ckpt"
+    WholeFiles().save_checkpoint({"step": 1}, last)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(torch, "save", full)
+        WholeFiles().save_checkpoint({"step": 2}, last)
+    assert torch.load(last, weights_only=True) == {"step": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]

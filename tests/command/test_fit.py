@@ -140,7 +140,7 @@ def python(code: str, *arguments: str) -> str:
 
 def test_an_unknown_command_names_the_ones_there_are(grao):
     status, _, errors = grao("train")
-    known = "init, fit, validate, compare, judge-check, export"
+    known = "init, fit, validate, compare, judge-check, memory, export"
     assert one_error(status, errors) == f"no command 'train'; there are {known}"
 
 

@@ -67,6 +67,30 @@ def test_adapters_on_4_bit_weights_are_trained(tmp_path, device, precision):
     assert moved and all(p.isfinite().all() for p in moved) and any(p.any() for p in moved)
 
 
+def test_activations_that_wait_on_the_host_change_nothing(tmp_path, device):
+    if device.type != "cuda":
+        pytest.skip("activations are in the host's memory as it is")
+    without, within = (
+        fit(tmp_path, module=made("grao", activation_offload=moved), max_steps=2, **on(device))
+        for moved in (False, True)
+    )
+    assert largest_difference(weights(without), weights(within)) < 1e-5
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "adamw_4bit"])
+def test_moments_in_fewer_bits_move_the_weights(tmp_path, device, optimizer, monkeypatch):
+    pytest.importorskip("torchao")
+    if device.type == "cpu":  # compiling their step takes minutes there
+        monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    options = {"optimizer": optimizer, "stochastic_rounding": True}
+    module = made("grao", learning_rate=1e-2, **options)
+    module = fit(tmp_path, module=module, precision="bf16-true", max_steps=2, **on(device))
+    before = weights(fit(tmp_path, module=made("grao"), precision="bf16-true", max_steps=0))
+    after = {name: value.cpu() for name, value in weights(module).items()}
+    assert largest_difference({name: value.cpu() for name, value in before.items()}, after) > 1e-4
+    assert all(value.isfinite().all() for value in after.values())
+
+
 @every_method
 def test_a_run_in_float64_is_that_of_the_cpu(tmp_path, device, method):
     """Its tokens too: they are drawn with the same numbers."""

@@ -286,13 +286,6 @@ def test_layers_that_are_all_full_may_have_a_window_in_their_configuration():
     assert share_prompts(build("olmo3", layer_types=full, sliding_window=8))
 
 
-def test_a_routers_auxiliary_loss_is_switched_off_and_said(caplog):
-    model = build("mixtral", output_router_logits=True)
-    assert share_prompts(model)
-    assert "the auxiliary loss that balances its experts is no part" in caplog.text
-    assert model.config.output_router_logits is False
-
-
 # -- the head --------------------------------------------------------------------------------------
 
 

@@ -81,7 +81,15 @@ def test_the_base_stays_as_it_is_and_is_the_reference_model_bit_for_bit(tmp_path
     assert largest_difference(dict(base.state_dict()), base_weights(module.policy)) == 0.0
     share_prompts(base)
     expected = token_logprobs(base, seen.rows).flat
+    module.train()
     modes = [part.training for part in module.policy.modules()]
+
+    def seen_inside(model):  # what needs a gradient stays so for strategies that look just now
+        needs = [value.requires_grad for value in model.parameters()]
+        return needs, any(part.training for part in model.modules())
+
+    needs = [value.requires_grad for value in module.policy.parameters()]
+    assert module.reference_model.inside(seen_inside) == (needs, False)
     frozen = token_logprobs(module.reference_model, seen.rows).flat
     assert torch.equal(frozen, expected)
     assert [part.training for part in module.policy.modules()] == modes

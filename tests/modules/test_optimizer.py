@@ -152,7 +152,8 @@ def eager(monkeypatch):
 
 def low_bit(weights, name="adamw_8bit", **options):
     settings = {"master_weights": False, "stochastic_rounding": False, "fused": False, **options}
-    return make_optimizer(name, weights, lr=1e-3, weight_decay=0.1, betas=(0.8, 0.9), **settings)
+    settings = {"betas": (0.8, 0.9), **settings}
+    return make_optimizer(name, weights, lr=1e-3, weight_decay=0.1, **settings)
 
 
 def large_weights(dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
@@ -166,7 +167,8 @@ def step_large(optimizer, weights, steps: range) -> None:
     for step in steps:
         generator = torch.Generator().manual_seed(1 + step)
         for weight in weights:
-            weight.grad = torch.randn(weight.shape, generator=generator).to(weight.dtype)
+            drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float32)
+            weight.grad = drawn.to(weight.dtype)
         optimizer.step()
 
 
@@ -181,6 +183,7 @@ KINDS = [
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(kind)[5:] + kind["name"])
 def test_a_restored_low_bit_optimizer_goes_on_bit_for_bit(kind, eager, tmp_path):
+    torch.manual_seed(3)
     whole = large_weights()
     uninterrupted = low_bit(whole, **kind)
     schedule = LambdaLR(uninterrupted, lambda step: 1 / (1 + step))
@@ -259,3 +262,20 @@ def test_an_optimizer_that_cannot_be_had_is_told_with_its_fix():
         "adamw", False, True, package="no_such_package"
     )
     assert "must be false with model.master_weights" in optimizer_fault("adamw", True, True)
+
+
+def test_steps_and_scales_are_float32_where_bfloat16_is_the_default(eager):
+    """A bfloat16 counts to 256, and 1 - 0.999 is 0 in it: the first step would be NaN."""
+    ends = []
+    for default in (torch.float32, torch.bfloat16):
+        weights = large_weights()
+        optimizer = low_bit(weights, betas=(0.9, 0.999))
+        torch.set_default_dtype(default)
+        try:
+            step_large(optimizer, weights, range(2))
+        finally:
+            torch.set_default_dtype(torch.float32)
+        state = optimizer.state[weights[0]]
+        assert state["step"].dtype == state["exp_avg"].scale.dtype == torch.float32
+        ends.append(weights)
+    assert all(weight.isfinite().all() for weight in ends[1]) and same(*ends)

@@ -28,6 +28,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "SFT": ("SFTModule", {}),
     "Reward": ("RewardModule", {"centring": 0.01}),
     "Reward, encoder": ("RewardModule", {"backbone": "encoder"}),
+    "SFT, balanced experts": ("SFTModule", {"policy": "mixture", "router_loss": 1.0}),
     "GRAO, padded": ("GRAOModule", {"share_prompts": False}),
     "GRAO, another reference model": ("GRAOModule", {"reference_model": "embedded:keywords"}),
 }
@@ -87,8 +88,10 @@ def counted(watch: Watch):
 def made(folder: Path, case: str) -> Any:
     """Return the module of a method."""
     method, settings = METHODS[case]
-    if settings.get("backbone") == "encoder":
-        settings = {**settings, "backbone": str(folder / "encoder")}
+    settings = {
+        name: str(folder / value) if value in ("encoder", "mixture") else value
+        for name, value in settings.items()
+    }
     kind = getattr(grao_lightning, method)
     source = kind.source_setting.rpartition(".")[2]
     model = {source: "embedded:keywords-weak", "learning_rate": 1e-3, "micro_batch_tokens": 60}

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from tests.encoders import tiny_encoder_folder
+from tests.mixtures import mixture
 from tests.strategies.launch import on_ranks
 from tests.strategies.sharded_runs import METHODS, RUNS
 
@@ -16,6 +17,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Return what two ranks found in all runs; starting them takes longer than the rest."""
     folder = tmp_path_factory.mktemp("runs")
     tiny_encoder_folder(folder / "encoder")
+    for part in mixture("qwen3_moe").values():
+        part.save_pretrained(folder / "mixture")
     return on_ranks("sharded_runs.py", folder, *METHODS, *RUNS, "resumed", "spread", limit=200)
 
 
