@@ -5,8 +5,11 @@ Arguments: the folder for what is found, then folders of models. Each rank has r
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import torch
@@ -27,7 +30,6 @@ from grao_lightning.language_model.sharded import Sharding
 from grao_lightning.language_model.sharing import share_prompts, shares_prompts
 from grao_lightning.sampling.completions import sample_completions
 from grao_lightning.sampling.draw import SamplingSettings, row_uniforms
-from tests.memory import peak_memory
 
 BUDGET = 40
 SETTINGS = SamplingSettings(max_new_tokens=8, temperature=0.9)
@@ -146,14 +148,41 @@ def differences(case: Case) -> dict[str, float]:
     return found
 
 
+def anonymous_bytes() -> int:
+    """Return this process's memory without the pages of files, which the system takes back."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
+
+
+@contextmanager
+def most_memory() -> Iterator[list[int]]:
+    """Give what the body added to memory at its most, loading threads included; Linux alone."""
+    before, found, over = anonymous_bytes(), [0], Event()
+
+    def look() -> None:
+        while not over.wait(0.002):
+            found[0] = max(found[0], anonymous_bytes() - before)
+
+    watcher = Thread(target=look)
+    watcher.start()
+    try:
+        yield found
+    finally:
+        over.set()
+        watcher.join()
+
+
 def loaded(path: str) -> dict[str, float]:
     """Return the most memory while a model is loaded and tried out, by the bytes of its file."""
-    with peak_memory() as peak, torch.no_grad():
+    size = sum(file.stat().st_size for file in Path(path).iterdir())
+    with torch.no_grad(), most_memory() as loading:
         model = load_model("model.policy", path, Sharding(dist.get_world_size()))
+    with torch.no_grad(), most_memory() as trying:
         inside(model, share_prompts)
         token_logprobs(model, [])
     assert shares_prompts(model)
-    return {"peak": peak.extra_bytes / sum(file.stat().st_size for file in Path(path).iterdir())}
+    kept = sum(p.to_local().nbytes for p in model.parameters())
+    return {"loading": loading[0] / size, "trying": (kept + trying[0]) / size}
 
 
 def main(folder: Path, models: list[str]) -> None:
