@@ -217,7 +217,8 @@ def write_rows(
         while joins and length > high and len(turns) > 2:
             turns = turns[2:]
             length = len(_tokens(tokenizer, turns))
-        if low <= length <= high and 16 <= len(tokenizer(answer)["input_ids"]) <= 64:
+        usual = dialogues is None or 16 <= len(tokenizer(answer)["input_ids"]) <= 64
+        if low <= length <= high and usual:
             completion = [{"role": "assistant", "content": answer}]
             rows.append({"prompt": turns, "completion": completion})
         if len(rows) == num_prompts:
