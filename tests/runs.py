@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -52,6 +54,16 @@ def trainer(folder: Path, **options: Any) -> Trainer:
             "use_distributed_sampler": False,
             **options,
         }
+    )
+
+
+def trainer_at(step: int) -> SimpleNamespace:
+    """Return what the stages ask of a Trainer, without a run."""
+    return SimpleNamespace(
+        global_step=step,
+        precision_plugin=SimpleNamespace(forward_context=nullcontext),
+        progress_bar_callback=None,
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
     )
 
 

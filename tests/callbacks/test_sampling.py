@@ -1,6 +1,5 @@
 """What the sampling stage asks of the sampler: settings, randomness, who answers."""
 
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -13,11 +12,7 @@ from grao_lightning.callbacks.sampling import GroupSampling
 from grao_lightning.embedded.base import keyword_tokenizer
 from grao_lightning.language_model.loading import eos_ids
 from grao_lightning.sampling.draw import SamplingSettings, row_uniforms
-
-
-def trainer_at(step: int) -> SimpleNamespace:
-    precision = SimpleNamespace(forward_context=nullcontext)
-    return SimpleNamespace(global_step=step, precision_plugin=precision, progress_bar_callback=None)
+from tests.runs import trainer_at
 
 
 def prompts(*indices: int) -> PromptBatch:

@@ -1,7 +1,6 @@
 """Groups scored against their reference answers."""
 
 import math
-from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
@@ -14,7 +13,7 @@ from grao_lightning.callbacks.scoring import GroupScoring
 from grao_lightning.faults import UserError
 from grao_lightning.objectives.advantages import group_advantages
 from grao_lightning.rewards.protocol import RewardSpec
-from tests.runs import fit, stages
+from tests.runs import fit, stages, trainer_at
 
 HERE = "tests.callbacks.test_scoring"
 
@@ -89,16 +88,13 @@ def scored(
     scoring = GroupScoring(
         **{"rewards": [RewardSpec(f"{HERE}.word_count")], "comparison": "raw", **options}
     )
-    trainer = SimpleNamespace(
-        global_step=0, precision_plugin=SimpleNamespace(forward_context=nullcontext)
-    )
     module = SimpleNamespace(
         trains_on_groups=True,
         needs_spread=needs_spread,
         group_statistics=own_statistics,
         group_scale=own_scale,
     )
-    scoring.on_train_batch_start(trainer, module, batch, 0)
+    scoring.on_train_batch_start(trainer_at(0), module, batch, 0)
     return batch
 
 

@@ -33,6 +33,12 @@ def trl_loss(new, frozen, lengths, kind, beta, label_smoothing=0.0):
         logged = {"entropy": logprobs, "mean_logits": logprobs, "is_top1": logprobs > -1}
         return SimpleNamespace(log_probs=logprobs, **logged)
 
+    class Model(torch.nn.Module):
+        is_gradient_checkpointing = False
+
+        def forward(self, **_):
+            return answers(new)
+
     trainer = DPOTrainer.__new__(DPOTrainer)
     ones = padded(torch.ones(int(lengths.sum())))
     attributes = {
@@ -43,7 +49,7 @@ def trl_loss(new, frozen, lengths, kind, beta, label_smoothing=0.0):
             reduce=lambda value, reduction: value,
         ),
         "args": SimpleNamespace(gradient_checkpointing_kwargs=None, gradient_checkpointing=False),
-        "model": SimpleNamespace(training=True, is_gradient_checkpointing=False),
+        "model": Model(),
         "ref_model": lambda **_: answers(frozen),
         "_metrics": {"train": defaultdict(list)},
         "_total_train_tokens": 0,
@@ -66,10 +72,7 @@ def trl_loss(new, frozen, lengths, kind, beta, label_smoothing=0.0):
         "completion_mask": ones.long(),
     }
 
-    def model(**_):
-        return answers(new)
-
-    return trainer._compute_loss(model, inputs, return_outputs=False)
+    return trainer._compute_loss(trainer.model, inputs, return_outputs=False)
 
 
 def our_loss(new, frozen, settings):
