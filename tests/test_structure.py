@@ -27,6 +27,7 @@ _PUBLIC = {
     "RewardModule",
     "RewardSpec",
     "SFTModule",
+    "ShardedStrategy",
     "__version__",
     "bradley_terry_loss",
     "export",

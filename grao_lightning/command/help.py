@@ -46,7 +46,7 @@ Trainer's settings and those of checkpoints: --help-all. The most used:
   --trainer.max_steps N             steps of a run; must be set
   --trainer.val_check_interval N    steps between validations
   --trainer.precision bf16-mixed    or 32-true, bf16-true
-  --trainer.devices N               more than one: --trainer.strategy ddp, or fsdp2 for large models
+  --trainer.devices N               and --trainer.strategy ddp; large: fsdp2
   --last_checkpoint.dirpath FOLDER  that stays the same from run to run
 """
 

@@ -331,12 +331,8 @@ class _HeadLoss(torch.autograd.Function):
                     continue
                 del everyone
                 weights = weigh(part, logprobs[part]).to(exact)[:, None]
-                # d(-w log p) / d logits = w (p - onehot) / temperature
-                gradient = probabilities.mul_(weights)
-                gradient.scatter_add_(1, targets[part, None], -weights)
-                gradient.mul_(head.scale / temperature)
-                if slope is not None:
-                    gradient.mul_(slope)
+                factor = head.scale / temperature
+                gradient = _logits_gradient(probabilities, targets[part], weights, factor, slope)
                 gradients.add(part, chunk, gradient)
                 loss -= (weights[:, 0] * logprobs[part]).sum()
         ctx.gradients = (None, None, None) if gradients is None else gradients.of_inputs()
@@ -355,6 +351,16 @@ class _HeadLoss(torch.autograd.Function):
             for part in (to_states, to_weight, to_bias)
         ]
         return (*scaled, None, None, None, None, None)
+
+
+def _logits_gradient(
+    probabilities: Tensor, targets: Tensor, weights: Tensor, factor: float, slope: Tensor | None
+) -> Tensor:
+    """Return d(-w log p) / d logits = w (p - onehot) factor slope [k, V] in place of p."""
+    gradient = probabilities.mul_(weights)
+    gradient.scatter_add_(1, targets[:, None], -weights)
+    gradient.mul_(factor)
+    return gradient if slope is None else gradient.mul_(slope)
 
 
 def _compute_dtype(states: Tensor) -> torch.dtype:

@@ -92,15 +92,14 @@ def states_and_targets(
     device = device_of(model)
     more = 0
     if way == "one by one" or chooses_frequencies(model):
-        (most,) = passes_over_ranks(model, len(passes))
-        more = most - len(passes)
+        more = passes_over_ranks(model, len(passes))[0] - len(passes)
     pieces: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * len(rows)
+    whole = last_is_read and chooses_frequencies(model)
     for numbers in passes:
         chosen = [rows[number] for number in numbers]
         own = None if shares is None else [shares[number] for number in numbers]
         forget_frequencies(model)
         if way == "packed":
-            whole = last_is_read and chooses_frequencies(model)
             pack = pack_rows(chosen, longest_whole=whole, shares=own)
             found = _packed(read, pack, device, weighted=own is not None)
         else:

@@ -97,10 +97,10 @@ class StepModule(NamedSettings, AdaptedModule):
             chance, so that small steps arrive in the mean (needs ``grao-lightning[low-bit]``).
         schedule: Learning rate after warm-up: constant, or falling to 0 at ``trainer.max_steps``.
         warmup_steps: Steps of linear warm-up.
-        micro_batch_tokens: Most padded tokens in one forward pass; lower it when memory runs out.
+        micro_batch_tokens: Most padded tokens in one pass; lower it when memory runs out.
             null = 1024 on a CPU and 8192 elsewhere, or twice the longest row where that is more.
         gradient_checkpointing: Recompute activations in the backward pass.
-        activation_offload: Keep activations in the host's memory until the backward pass, on CUDA.
+        activation_offload: Let activations wait in the host's memory, on CUDA.
         attn_implementation: Of the Hugging Face models, such as flash_attention_2; prompts are
             then not shared.
         share_prompts: Read every prompt once for all that follows it, where the model allows it.
@@ -108,8 +108,8 @@ class StepModule(NamedSettings, AdaptedModule):
             its configuration's router_aux_loss_coef is one. Costs another forward pass. null = off.
         tokenizer: Hub name or folder, in Python also a loaded one; null = the model's own, of a
             model that is handed over that of the name it was loaded from.
-        lora: Train adapters {rank, alpha, dropout, target_modules, base, quantize} in the place of
-            the weights. ``{}`` takes the defaults, see `LoRA`; null = train the weights.
+        lora: Train adapters, not the weights: {rank, alpha, dropout, target_modules, base,
+            quantize}. ``{}`` takes the defaults, see `LoRA`; null = train the weights.
     """
 
     #: Whether training reads sampled, scored groups (and not only the data's answers).
@@ -174,8 +174,7 @@ class StepModule(NamedSettings, AdaptedModule):
         self.num_sampled_tokens = 0
         self.estimates: dict[str, Estimate] = {}
         self.step_values: dict[str, float] = {}
-        #: Whether the untrained base, which validation measures, is the start of its curves.
-        self._base_is_start = False
+        self._base_is_start = False  # of validation's curves: measured untrained
         self._packed: Tensor | None = None
 
     def _as_primitives(self, *, tokenizer: Any, lora: Any) -> dict[str, Any]:

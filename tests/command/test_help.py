@@ -75,7 +75,7 @@ def test_help_begins_with_our_settings_fits_80_columns_and_leaves_lightnings_to_
     assert "tokenizer=" not in text.partition("data: ")[2], "the model's own"
     assert all(name in text for name in module_names())
     lines = text.splitlines()
-    assert "  micro_batch_tokens=null       Most padded tokens in one forward pass" in lines
+    assert "  micro_batch_tokens=null       (int|null) Most padded tokens in one pass" in lines
     wrapped = [line for line in lines if line.startswith(" " * 20)]
     assert len(wrapped) < len(names) / 2, "most settings have a line of their own"
 
