@@ -70,11 +70,6 @@ def _tensors(model: Any) -> list[tuple[str, Tensor]]:
 
 def _twin(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """Return the types of what the model's class makes in half precision, without memory."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device("meta"):
-            twin = type(model)(deepcopy(model.config))
-    finally:
-        torch.set_default_dtype(before)
+    with torch.device("meta"):
+        twin = type(model)._from_config(deepcopy(model.config), dtype=dtype)
     return {name: values.dtype for name, values in _tensors(twin)}

@@ -152,7 +152,6 @@ def test_a_training_step_is_rewarded_by_what_a_real_server_says(
         "scoring.rewards": json.dumps([judge]),
         "trainer.precision": "bf16-true",
         "trainer.max_steps": 1,
-        "last_checkpoint.save_weights_only": "true",
         "trainer.limit_val_batches": 0,
         "trainer.num_sanity_val_steps": 0,
     }
