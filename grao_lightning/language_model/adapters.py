@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from grao_lightning.faults import UserError
+from grao_lightning.language_model.adapted_linear import add_in_one_pass
 from grao_lightning.language_model.adapter_folders import CONFIG, HEADS
 from grao_lightning.language_model.fingerprint import fingerprint
 from grao_lightning.language_model.lora import ALL_LINEAR, LoRA, Quantize
@@ -260,6 +261,7 @@ def _deal_out(setting: str, adapters: Adapters) -> Adapters:
     model = adapters.peft.get_base_model()
     shards = shards_of(model)
     if shards is None:
+        add_in_one_pass(model)
         return adapters
     layers = adapted_layers(model)
     if _adapts_experts(model):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from grao_lightning.faults import UserError
 from grao_lightning.language_model.footprint import ModelSize
 from grao_lightning.language_model.precision import float32_names
+from grao_lightning.language_model.recomputed import is_recomputed
 
 _COUNTED = "grao_counted"
 _TOKENS = 512
@@ -133,7 +134,7 @@ def _kept(model: Any, tokens: int, seen: list[tuple[Tensor, Tensor]]) -> int:
     found: dict[int, Any] = {}
 
     def keep(values: Tensor) -> Tensor:
-        if _storage(values) not in own:
+        if _storage(values) not in own and not is_recomputed(values):
             found[_storage(values)] = values.untyped_storage()  # held, so that numbers stay unique
         return values
 

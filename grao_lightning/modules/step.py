@@ -28,6 +28,7 @@ from grao_lightning.language_model.loading import (
 from grao_lightning.language_model.lora import LoRA, as_lora, as_primitives
 from grao_lightning.language_model.offload import activations_on_host
 from grao_lightning.language_model.precision import keeping_float32
+from grao_lightning.language_model.recomputed import cheap_activations_recomputed
 from grao_lightning.language_model.sharded import Sharding
 from grao_lightning.language_model.tokenizing import (
     TokenizerSource,
@@ -392,8 +393,10 @@ class StepModule(NamedSettings, AdaptedModule):
         return one and self.trainer.precision != "16-mixed"
 
     def kept_activations(self) -> AbstractContextManager[Any]:
-        """Return the context of a forward pass, which decides where its activations wait."""
-        return activations_on_host(self.trained_model) if self.activation_offload else nullcontext()
+        """Return the context of a forward pass, which decides what it keeps of its activations."""
+        if self.activation_offload:
+            return activations_on_host(self.trained_model)
+        return cheap_activations_recomputed()
 
     def _trained(self) -> list[torch.nn.Parameter]:
         """Return the parameters that the optimiser holds."""
