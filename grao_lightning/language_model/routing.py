@@ -123,4 +123,10 @@ def _logits(decoder: Any, row: TokenRow, model: Any) -> tuple[Tensor, ...]:
 def _own_loss(model: Any) -> Callable[..., Any] | None:
     """Return the function of the family's file in transformers."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return getattr(sys.modules[type(inner).__module__], "load_balancing_loss_func", None)
+    # Its class may be wrapped, as by FSDP2.
+    files = [sys.modules[kind.__module__] for kind in type(inner).__mro__]
+    return next(
+        (file.load_balancing_loss_func for file in files
+         if hasattr(file, "load_balancing_loss_func")),
+        None,
+    )  # fmt: skip

@@ -40,7 +40,9 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "Reward, 64-true": ("Reward", {"precision": "64-true"}),
 }
 #: One prompt a rank, so that a rank may have only ties; uneven shards of the validation.
-DATA = {"prompts_per_step": 2, "validation_prompts": 9, "validation_batch_size": 4}
+DATA: dict[str, Any] = {"prompts_per_step": 2, "validation_prompts": 9, "validation_batch_size": 4}
+
+SCORING = {"tie_tolerance": 0.35}
 
 
 class Watch(Callback):
@@ -94,20 +96,26 @@ def made(folder: Path, case: str) -> Any:
     }
     kind = getattr(grao_lightning, method)
     source = kind.source_setting.rpartition(".")[2]
-    model = {source: "embedded:keywords-weak", "learning_rate": 1e-3, "micro_batch_tokens": 60}
-    return kind(**{**model, **settings})
+    budget = 20 if dist.get_rank() == 0 else 200  # ranks differ in their passes
+    common = {"learning_rate": 1e-3, "micro_batch_tokens": budget}
+    return kind(**{source: "embedded:keywords-weak", **common, **settings})
 
 
 def run(folder: Path, strategy: Any, case: str, **options: Any) -> tuple[Any, Watch]:
     case, settings = RUNS.get(case, (case, {}))
+    data = dict(DATA)
+    if METHODS[case][0] in ("DPOModule", "SFTModule"):  # a prompt is one pass
+        data["prompts_per_step"] = 6
+    if METHODS[case][1].keys() & {"backbone", "policy"}:  # their tokenizers have no template
+        data["chat_template"] = "hh"
     watch = Watch()
     own = counted(watch)
     try:
         module = fit(
             folder,
             module=made(folder, case),
-            data=DATA,
-            callbacks=[*stages(scoring={"tie_tolerance": 0.35}), watch],
+            data=data,
+            callbacks=[*stages(scoring=SCORING), watch],
             devices=dist.get_world_size(),
             strategy=strategy,
             **{"limit_val_batches": 1.0, "val_check_interval": 2, **settings, **options},
@@ -166,7 +174,7 @@ def resumed(folder: Path) -> dict[str, Any]:
     ]
     third = made(folder, "PPO")
     options = {"devices": dist.get_world_size(), "strategy": "fsdp2", "limit_val_batches": 1.0}
-    validation = trainer(folder, callbacks=stages(), **options)
+    validation = trainer(folder, callbacks=stages(scoring=SCORING), **options)
     data = PromptDataModule(**DATA)
     validation.validate(third, datamodule=data, ckpt_path=path, verbose=False)
     figures = [
