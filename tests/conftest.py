@@ -52,9 +52,12 @@ def one_cache_for_all(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture(autouse=True)
-def seed_of_each_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Undo what seed_everything leaves in the environment."""
+def environment_of_each_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undo what seed_everything and a launch of several ranks leave in the environment."""
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
 
 
 @pytest.fixture
