@@ -7,10 +7,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,3 +66,22 @@ def on_ranks(script: str, folder: Path, *arguments: str, ranks: int = 2, limit: 
         if any(code != 0 for code in codes):
             pytest.fail(f"exit codes after at most {limit} s: {codes}\n{said.read()[-3000:]}")
     return json.loads((folder / "found.json").read_text())
+
+
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Any]) -> Any:
+    """Return what a function finds in a new folder, also where several workers of pytest ask.
+
+    The first one makes it, the others wait: ranks need their cores.
+
+    Args:
+        factory: Of pytest.
+        name: Of what is found.
+        make: (folder) -> what JSON can hold.
+    """
+    base = factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    file = shared / f"{name}.json"
+    with FileLock(f"{file}.lock"):
+        if not file.exists():
+            file.write_text(json.dumps(make(factory.mktemp(name))))
+        return json.loads(file.read_text())

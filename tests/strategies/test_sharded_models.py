@@ -7,7 +7,7 @@ import pytest
 
 from tests.conftest import tiny_model
 from tests.language_model.architectures import build
-from tests.strategies.launch import on_ranks
+from tests.strategies.launch import on_ranks, once
 
 MODELS = {
     "untied": lambda: tiny_model("Llama", tie_word_embeddings=False),
@@ -34,11 +34,14 @@ CASES = [
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Return what two ranks found of every model; starting them takes longer than the rest."""
-    folder: Path = tmp_path_factory.mktemp("models")
-    models = {**MODELS, "large": lambda: tiny_model("Llama", **LARGE)}
-    for name, make in models.items():
-        make().save_pretrained(folder / name)
-    return on_ranks("sharded_models.py", folder, *[str(folder / name) for name in models])
+
+    def find(folder: Path) -> Any:
+        models = {**MODELS, "large": lambda: tiny_model("Llama", **LARGE)}
+        for name, make in models.items():
+            make().save_pretrained(folder / name)
+        return on_ranks("sharded_models.py", folder, *[str(folder / name) for name in models])
+
+    return once(tmp_path_factory, "sharded_models", find)
 
 
 @pytest.mark.parametrize("case", CASES)

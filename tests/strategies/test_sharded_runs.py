@@ -1,23 +1,27 @@
 """``--trainer.strategy fsdp2`` takes the steps of ddp, on two ranks whose passes differ."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.encoders import tiny_encoder_folder
 from tests.mixtures import mixture
-from tests.strategies.launch import on_ranks
+from tests.strategies.launch import on_ranks, once
 from tests.strategies.sharded_runs import METHODS, RUNS
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Return what two ranks found in all runs; starting them takes longer than the rest."""
-    folder = tmp_path_factory.mktemp("runs")
-    tiny_encoder_folder(folder / "encoder")
-    for part in mixture("qwen3_moe").values():
-        part.save_pretrained(folder / "mixture")
-    return on_ranks("sharded_runs.py", folder, *METHODS, *RUNS, "resumed", "spread", limit=200)
+
+    def find(folder: Path) -> Any:
+        tiny_encoder_folder(folder / "encoder")
+        for part in mixture("qwen3_moe").values():
+            part.save_pretrained(folder / "mixture")
+        return on_ranks("sharded_runs.py", folder, *METHODS, *RUNS, "resumed", "spread", limit=300)
+
+    return once(tmp_path_factory, "sharded_runs", find)
 
 
 @pytest.mark.parametrize("case", METHODS)
