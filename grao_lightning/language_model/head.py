@@ -49,7 +49,10 @@ class Head:
 
     def logits(self, states: Tensor) -> Tensor:
         """Return the logits [K, V] of states [K, H], in the states' precision."""
-        logits = F.linear(states, self.weight, self.bias)
+        return self.shaped(F.linear(states, self.weight, self.bias))
+
+    def shaped(self, logits: Tensor) -> Tensor:
+        """Return the logits of the products ``W s + b``, [K, V]."""
         if self.scale != 1.0:
             logits = logits * self.scale
         return self.cap * torch.tanh(logits / self.cap) if self.cap else logits

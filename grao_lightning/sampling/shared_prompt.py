@@ -19,6 +19,7 @@ from grao_lightning.language_model.attention import flash, merge
 from grao_lightning.language_model.head import head_of
 from grao_lightning.language_model.trial import decoder_of
 from grao_lightning.sampling.draw import Draw, Ended, Progress
+from grao_lightning.sampling.packed import packed, product_with
 
 # Moving the survivors' caches together costs a copy, so it waits until it frees a quarter of them.
 _WORTH_MOVING = 0.75
@@ -36,25 +37,29 @@ def decode_groups(
     """Complete groups as a `Decoder`, on CPU, by a model whose attention is ``SHARED``."""
     completions: list[TokenIds] = [[] for _ in range(len(prompts) * group_size)]
     groups = _Groups(prompts, group_size, max_new_tokens)
-    logits = _prefill(model, groups, prompts).repeat_interleave(group_size, dim=0)
-    for position in range(max_new_tokens):
-        tokens = draw(groups.rows, position, logits)
-        alive = []
-        for row, token in zip(groups.rows.tolist(), tokens.tolist(), strict=True):
-            # A row that has ended may still ride along until the next move.
-            if not groups.done[row]:
-                completions[row].append(token)
-                groups.done[row] = ended(row, completions[row])
-            alive.append(not groups.done[row])
-        running = sum(alive) if position < max_new_tokens - 1 else 0
-        report(position + 1, running)
-        if not running:
-            break
-        if running <= _WORTH_MOVING * len(alive):
-            kept = torch.tensor(alive).nonzero()[:, 0]
-            groups.keep(kept)
-            tokens = tokens[kept]
-        logits = _decode(model, groups, tokens, position)
+    decoder, head = decoder_of(model), head_of(model)
+    assert head is not None, "the trial refuses models whose head cannot be told"
+    logits = head.logits(_prefill(decoder, groups, prompts)).repeat_interleave(group_size, dim=0)
+    with packed(decoder):
+        project = product_with(head.weight, head.bias)
+        for position in range(max_new_tokens):
+            tokens = draw(groups.rows, position, logits)
+            alive = []
+            for row, token in zip(groups.rows.tolist(), tokens.tolist(), strict=True):
+                # A row that has ended may still ride along until the next move.
+                if not groups.done[row]:
+                    completions[row].append(token)
+                    groups.done[row] = ended(row, completions[row])
+                alive.append(not groups.done[row])
+            running = sum(alive) if position < max_new_tokens - 1 else 0
+            report(position + 1, running)
+            if not running:
+                break
+            if running <= _WORTH_MOVING * len(alive):
+                kept = torch.tensor(alive).nonzero()[:, 0]
+                groups.keep(kept)
+                tokens = tokens[kept]
+            logits = head.shaped(project(_decode(decoder, groups, tokens, position)))
     return completions
 
 
@@ -196,23 +201,21 @@ class _Groups(Cache):
         return rows if self._even else rows[self._place]
 
 
-def _prefill(model: Any, groups: _Groups, prompts: Sequence[TokenIds]) -> Tensor:
-    """Read every prompt once and return the logits of the first token, [B, V]."""
+def _prefill(decoder: Any, groups: _Groups, prompts: Sequence[TokenIds]) -> Tensor:
+    """Read every prompt once and return the states of their last tokens, [B, H]."""
     width = int(groups.lengths.max())
     ids = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts])
-    states = _states(model, groups, ids, torch.arange(width).expand(len(prompts), -1))
-    return _logits(model, states[torch.arange(len(prompts)), groups.lengths - 1])
+    states = _states(decoder, groups, ids, torch.arange(width).expand(len(prompts), -1))
+    return states[torch.arange(len(prompts)), groups.lengths - 1]
 
 
-def _decode(model: Any, groups: _Groups, tokens: Tensor, position: int) -> Tensor:
-    """Return the logits after the rows' tokens at ``position`` of their completions, [N, V]."""
+def _decode(decoder: Any, groups: _Groups, tokens: Tensor, position: int) -> Tensor:
+    """Return the states of the rows' tokens at ``position`` of their completions, [N, H]."""
     groups.start_decoding(position)
-    states = _states(model, groups, tokens[:, None], groups.row_positions(position))
-    return _logits(model, states[:, 0])
+    return _states(decoder, groups, tokens[:, None], groups.row_positions(position))[:, 0]
 
 
-def _states(model: Any, groups: _Groups, ids: Tensor, positions: Tensor) -> Tensor:
-    decoder = decoder_of(model)
+def _states(decoder: Any, groups: _Groups, ids: Tensor, positions: Tensor) -> Tensor:
     output = decoder(
         input_ids=ids,
         position_ids=positions,
@@ -231,9 +234,3 @@ def _states(model: Any, groups: _Groups, ids: Tensor, positions: Tensor) -> Tens
 def _cache_name(forward: Any) -> str:
     """Return how a decoder calls its cache: transformers 5 goes from past_key_values to cache."""
     return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
-
-
-def _logits(model: Any, states: Tensor) -> Tensor:
-    head = head_of(model)
-    assert head is not None, "the trial refuses models whose head cannot be told"
-    return head.logits(states)
