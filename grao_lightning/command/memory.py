@@ -182,6 +182,7 @@ class Plan:
             cached_tokens=rows * sampling["max_new_tokens"]
             + (prompts if on == "cpu" else rows) * prompt,
             samples=method != "RewardModule",
+            packs=on == "cpu",
         )
 
 

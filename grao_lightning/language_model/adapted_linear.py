@@ -36,18 +36,16 @@ def is_in_one_pass(module: Any) -> bool:
 
 
 def with_adapter(layer: Any, precision: torch.dtype) -> Tensor | None:
-    """Return a map's weight with its adapter added, [out, in] float32; None where it does more.
+    """Return a map's weight with its adapter added, [out, in] float32; None where that is not it.
 
     Args:
         layer: Of `is_in_one_pass`, in evaluation: dropout is left out.
         precision: Of the products, to which the weight is rounded, its adapter not.
     """
-    weight = layer.base_layer.weight.to(precision).float()
-    if layer.disable_adapters or layer.merged:
-        return weight
     if not _plain(layer, layer.base_layer.weight):
         return None
     (name,) = layer.active_adapters
+    weight = layer.base_layer.weight.to(precision).float()
     down, up = (part[name].weight.float() for part in (layer.lora_A, layer.lora_B))
     return torch.addmm(weight, up, down, alpha=layer.scaling[name])
 

@@ -79,6 +79,7 @@ class Run:
         cpu_offload: Whether parts wait in the host's memory.
         cached_tokens: Of prompts and completions that are sampled at the same time.
         samples: Whether anything is sampled.
+        packs: Whether it is sampled from packed weights, as on a CPU.
     """
 
     precision: str
@@ -95,6 +96,7 @@ class Run:
     cpu_offload: bool = False
     cached_tokens: int = 0
     samples: bool = True
+    packs: bool = False
 
     @property
     def kept(self) -> int:
@@ -175,6 +177,14 @@ def cache(size: ModelSize, run: Run) -> float:
     return size.cached * run.cached_tokens * run.computed if run.samples else 0.0
 
 
+def packed(size: ModelSize, run: Run) -> float:
+    """Return the bytes of packed weights, float32 where adapters are added to them."""
+    if not run.packs or not run.samples:
+        return 0.0
+    linear = 0 if run.quantized else size.linear * (run.computed if run.adapters is None else 4)
+    return linear + size.head * run.computed
+
+
 def device(
     size: ModelSize, run: Run, reference_model: ModelSize | None
 ) -> tuple[dict[str, float], float]:
@@ -201,6 +211,7 @@ def device(
         "head": head(size, run),
         "cache of sampling": cache(size, run),
         "gathered to sample": 0.0,
+        "packed to sample": packed(size, run),
     }
     if run.cpu_offload:
         for name in ("weights", "reference model", "gradients", "optimiser"):
@@ -209,7 +220,9 @@ def device(
         found["gathered to sample"] = size.parameters * run.computed
     lasting = sum(found[name] for name in ("weights", "reference model", "optimiser"))
     update = sum(found[name] for name in ("gradients", "copies", "activations", "head"))
-    sampling = found["cache of sampling"] + found["gathered to sample"]
+    sampling = sum(
+        found[name] for name in ("cache of sampling", "gathered to sample", "packed to sample")
+    )
     return found, lasting + max(update, sampling)
 
 

@@ -112,6 +112,9 @@ def test_parts_are_dealt_out_and_the_reference_model_and_sampling_count():
     assert parts["gathered to sample"] == alone["weights"]
     assert whole.host == 4 * 2 * alone["weights"] and dealt.host == 2 * alone["weights"]
     assert most >= parts["weights"] * 2 + parts["optimiser"]
+    on_cpu = {**settings, "trainer": {"devices": 1, "accelerator": "cpu"}}
+    packed = footprint.device((plan := planned(on_cpu)).size, plan.run, None)[0]["packed to sample"]
+    assert parts["packed to sample"] == 0 and 0.3 * alone["weights"] < packed <= alone["weights"]
     offloaded = {"class_path": "ShardedStrategy", "init_args": {"cpu_offload": True}}
     waiting = planned({**settings, "trainer": {"devices": 4, "strategy": offloaded}})
     assert footprint.device(waiting.size, waiting.run, None)[0]["optimiser"] == 0

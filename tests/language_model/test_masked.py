@@ -182,3 +182,18 @@ def test_a_layout_makes_its_mask_once_for_all_layers(monkeypatch):
     for layer in range(3):
         layout.attend(layer, *inputs, 0.3)
     assert len(made) == 1
+
+
+@pytest.mark.parametrize("segments", PACKS.values(), ids=PACKS)
+def test_gradients_in_half_precision_are_those_of_float32_but_for_rounding(segments):
+    pack = packed(segments)
+    exact = [part.bfloat16().float() for part in drawn(pack)]
+    lowered = [part.bfloat16() for part in exact]
+    gradients = []
+    for parts in (exact, lowered):
+        leaves = [part.detach().requires_grad_() for part in parts]
+        output = TreeLayout(pack).attend(0, *leaves, 0.3)
+        gradients.append(torch.autograd.grad((output.float() ** 2).sum(), leaves))
+    for expected, found in zip(*gradients, strict=True):
+        assert found.dtype == torch.bfloat16
+        assert (found.float() - expected).norm() < 0.01 * expected.norm()
