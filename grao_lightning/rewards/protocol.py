@@ -21,7 +21,8 @@ completions of a whole batch at once. What it may tell of itself, as attributes:
                                   names; logged as judge/name: the mean, or with None for the
                                   count the sum
 
-A class is constructed with ``arguments`` and its instances are called. If they have a method
+A class is constructed with ``arguments`` and its instances are called; other callables are called
+with them each time, and they hide columns of their names. If instances have a method
 ``fit(prompts, chosen, rejected)``, it is called once, on the train split's preference pairs.
 """
 
@@ -32,7 +33,6 @@ import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,11 +40,11 @@ from torch import Tensor
 from typing_extensions import final
 
 from grao_lightning.faults import NamedSettings, UserError
+from grao_lightning.rewards.arguments import BUILT_IN, name_of, with_arguments
 from grao_lightning.rewards.importing import load_object
 
 RewardFunction = Callable[..., Any]
 _TOLD = (TypeError, ValueError, ImportError)  # their message says it all
-_BUILT_IN = ("prompts", "completions", "reference_answers", "truncated")
 
 if TYPE_CHECKING:
     FunctionSource = str | RewardFunction
@@ -63,7 +63,7 @@ class RewardSpec(NamedSettings):
             beside the config. In Python also the function, class or instance itself.
         weight: Factor of its scores in the sum.
         name: Its name in logs; by default that of the function.
-        arguments: Arguments of the class, if it is one.
+        arguments: Arguments of the class, or of every call of a function.
     """
 
     function: FunctionSource
@@ -78,10 +78,10 @@ class RewardSpec(NamedSettings):
             return self.name
         if isinstance(self.function, str):
             return re.split("[.:]", self.function)[-1]
-        return _name(self.function)
+        return name_of(self.function)
 
     def load(self) -> RewardFunction:
-        """Return the function, or an instance of the class.
+        """Return the function with its arguments, or an instance of the class.
 
         Raises:
             UserError: The path cannot be imported or its arguments do not fit.
@@ -93,12 +93,7 @@ class RewardSpec(NamedSettings):
             except UserError as error:
                 raise UserError(f"scoring.rewards: {error}") from error.__cause__
         if not isinstance(function, type):
-            if self.arguments:
-                raise UserError(
-                    f"scoring.rewards: {self.label} is no class and takes no arguments; got "
-                    f"{', '.join(self.arguments)}: remove them, or make it a class"
-                )
-            return function
+            return with_arguments(function, self.arguments, self.label)
         try:
             made = function(**self.arguments)
         except Exception as error:  # a class may do anything when it is made
@@ -155,7 +150,7 @@ def columns_asked_for(function: RewardFunction) -> tuple[set[str], bool]:
         for parameter in parameters
         if parameter.default is parameter.empty
         and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
-        and parameter.name not in _BUILT_IN
+        and parameter.name not in BUILT_IN
     }
     return required, any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
@@ -262,7 +257,7 @@ def answer_fault(function: RewardFunction) -> str | None:
     else:
         return None
     return (
-        f"reward function {_name(function)} {told}, and the dataset has none: {fix}, or add a "
+        f"reward function {name_of(function)} {told}, and the dataset has none: {fix}, or add a "
         "column completion to the data"
     )
 
@@ -278,14 +273,14 @@ def column_fault(function: RewardFunction, columns: Iterable[str]) -> str | None
     if not missing:
         return None
     return (
-        f"reward function {_name(function)} asks for column {', '.join(sorted(missing))}; the "
+        f"reward function {name_of(function)} asks for column {', '.join(sorted(missing))}; the "
         f"dataset has {', '.join(sorted(columns)) or 'none'} besides prompts, completions and "
         "reference_answers: rename one with data.rename or drop the parameter"
     )
 
 
 def _wanted(function: RewardFunction, arguments: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    fault = column_fault(function, arguments.keys() - set(_BUILT_IN))
+    fault = column_fault(function, arguments.keys() - set(BUILT_IN))
     if "reference_answers" not in arguments:
         fault = fault or answer_fault(function)
     if fault:
@@ -300,6 +295,7 @@ def _wanted(function: RewardFunction, arguments: dict[str, list[Any]]) -> dict[s
 
 
 def _is_async(function: RewardFunction) -> bool:
+    function = inspect.unwrap(function)
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
         getattr(function, "__call__", None)  # noqa: B004
     )
@@ -315,25 +311,19 @@ def _checked(function: RewardFunction, scores: Iterable[Any], number: int) -> li
         floats = [math.nan if score is None else float(score) for score in scores]
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"reward function {_name(function)} must return a list of numbers, None for a missing "
-            f"one: {error}"
+            f"reward function {name_of(function)} must return a list of numbers, None for a "
+            f"missing one: {error}"
         ) from error
     if len(floats) != number:
         raise UserError(
-            f"reward function {_name(function)} must return one score a completion: got "
+            f"reward function {name_of(function)} must return one score a completion: got "
             f"{len(floats)} for {number} completions"
         )
     low, high = getattr(function, "range", None) or (-math.inf, math.inf)
     for score in floats:
         if math.isinf(score) or score < low or score > high:
             raise UserError(
-                f"reward function {_name(function)} must return finite scores in [{low}, {high}], "
-                f"None for a missing one; got {score}"
+                f"reward function {name_of(function)} must return finite scores in [{low}, "
+                f"{high}], None for a missing one; got {score}"
             )
     return floats
-
-
-def _name(function: RewardFunction) -> str:
-    while isinstance(function, partial):
-        function = function.func
-    return getattr(function, "__name__", type(function).__name__).strip("<>")  # as of a lambda

@@ -2,13 +2,21 @@
 
 import asyncio
 import math
+import pickle
 import time
+from functools import partial
 
 import pytest
 import torch
 
 from grao_lightning.faults import UserError
-from grao_lightning.rewards.protocol import RewardSpec, call_rewards, weighted_sum
+from grao_lightning.rewards.protocol import (
+    RewardSpec,
+    call_rewards,
+    columns_asked_for,
+    is_pairwise,
+    weighted_sum,
+)
 
 NAN = math.nan
 ARGUMENTS = {
@@ -165,3 +173,59 @@ def test_sum_is_weighted_and_missing_where_a_needed_score_is():
         ]
     )
     torch.testing.assert_close(weighted_sum(scores, [2.0, 0.5]), expected, equal_nan=True)
+
+
+def with_bonus(completions, bonus=0, scale=1):
+    return [scale * len(text) + bonus for text in completions]
+
+
+class Bonus:
+    pairwise, range = True, (0.0, 100.0)
+
+    def __call__(self, completions, bonus):
+        return [len(text) + bonus for text in completions]
+
+
+async def slow_bonus(completions, bonus, **columns):
+    await asyncio.sleep(0.2)
+    return [len(text) + bonus for text in completions]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [with_bonus, f"{__name__}.with_bonus", partial(with_bonus, scale=1), Bonus(), slow_bonus],
+)
+def test_arguments_of_the_config_reach_every_callable(function):
+    (scores,) = call_rewards([RewardSpec(function, arguments={"bonus": 5}).load()], ARGUMENTS)
+    assert scores == [6.0, 7.0, 8.0]
+
+
+def test_a_callable_with_arguments_is_what_it_was_in_everything_else():
+    made = RewardSpec(Bonus(), arguments={"bonus": 5}).load()
+    assert is_pairwise(made) and made.range == (0.0, 100.0)
+    assert columns_asked_for(made) == (set(), False)
+    assert columns_asked_for(Bonus()) == ({"bonus"}, False)
+    assert isinstance(pickle.loads(pickle.dumps(made)).__wrapped__, Bonus)
+    started = time.perf_counter()
+    call_rewards([RewardSpec(slow_bonus, arguments={"bonus": 5}).load()] * 5, ARGUMENTS)
+    assert time.perf_counter() - started < 0.8, "one after the other takes 1 s"
+
+
+def test_an_argument_of_the_config_hides_a_column_of_its_name():
+    columns = {**ARGUMENTS, "bonus": [100, 200, 300]}
+    for function in (with_bonus, slow_bonus):
+        (scores,) = call_rewards([RewardSpec(function, arguments={"bonus": 5}).load()], columns)
+        assert scores == [6.0, 7.0, 8.0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"bonnus": 5}, r"of with_bonus must be parameters .* got bonnus: did you mean bonus\?"),
+        ({"weight": 5}, r"\(bonus, scale\); got weight: remove it, or add the parameter"),
+        ({"completions": []}, r"must not hold completions, which comes from the data"),
+    ],
+)
+def test_arguments_that_a_function_does_not_take_are_refused(arguments, told):
+    with pytest.raises(UserError, match=told):
+        RewardSpec(with_bonus, arguments=arguments).load()
