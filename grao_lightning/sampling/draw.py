@@ -79,13 +79,16 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, settings: SamplingSettings) ->
     """
     if settings.temperature == 0:
         return logits.argmax(dim=-1)
-    probabilities = torch.softmax(logits.float() / settings.temperature, dim=-1)
+    if settings.temperature != 1:
+        logits = logits.float() / settings.temperature
+    probabilities = torch.softmax(logits, dim=-1, dtype=torch.float)
     probabilities = _truncated(probabilities, settings)
     # In two levels, since a cumulative sum in float64 over a whole vocabulary costs more than the
     # softmax: first the block of tokens, then the token in it.
     num_blocks = -(-probabilities.shape[-1] // _BLOCK)
     padding = num_blocks * _BLOCK - probabilities.shape[-1]
-    blocks = F.pad(probabilities, (0, padding)).view(-1, num_blocks, _BLOCK)
+    padded = F.pad(probabilities, (0, padding)) if padding else probabilities
+    blocks = padded.view(-1, num_blocks, _BLOCK)
     sums = blocks.sum(dim=-1, dtype=torch.double)
     points = uniforms.to(sums.device) * sums.sum(dim=-1)
     block, before = _invert(sums, points)

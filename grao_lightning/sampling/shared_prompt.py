@@ -39,9 +39,10 @@ def decode_groups(
     groups = _Groups(prompts, group_size, max_new_tokens)
     decoder, head = decoder_of(model), head_of(model)
     assert head is not None, "the trial refuses models whose head cannot be told"
-    logits = head.logits(_prefill(decoder, groups, prompts)).repeat_interleave(group_size, dim=0)
     with packed(decoder):
         project = product_with(head.weight, head.bias)
+        logits = head.shaped(project(_prefill(decoder, groups, prompts)))
+        logits = logits.repeat_interleave(group_size, dim=0)
         for position in range(max_new_tokens):
             tokens = draw(groups.rows, position, logits)
             alive = []
