@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from grao_lightning.batch import PromptBatch
 from grao_lightning.data.encoding import PromptEncoder, conversation_text
-from grao_lightning.data.formats import HH_TEXT, MESSAGES, PLAIN, Example, parse_rows
+from grao_lightning.data.example import Example
+from grao_lightning.data.formats import HH_TEXT, MESSAGES, PLAIN, parse_rows
 from grao_lightning.data.reading import (
     effect_faults,
     told_reading,
@@ -281,6 +282,11 @@ class PromptDataModule(NamedSettings, LightningDataModule):
                 raise UserError(f"data.{split}: {error}") from None
             if self._tells:
                 log.info("data.%s: %s", split, report)
+            if report.drops_many:
+                rank_zero_warn(
+                    f"data.{split}: {sum(report.dropped.values())} of {report.rows_read} rows are "
+                    "dropped, see above: is this the format you meant?"
+                )
             if not examples:
                 raise UserError(f"data.{split}: no usable row in {_told(source)}: {report}")
             self._written[split] = report.prompts

@@ -11,8 +11,8 @@ from typing import Any
 from jinja2 import TemplateError
 
 from grao_lightning.batch import Completions, PromptBatch
-from grao_lightning.data.formats import Message
 from grao_lightning.data.templates import hh_template, is_hh
+from grao_lightning.data.turns import Message
 from grao_lightning.faults import UserError
 
 _HH_MARKERS = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "system": ""}

@@ -1,14 +1,17 @@
 """Raw dataset rows -> examples, whatever format the user brings.
 
-Accepted are TRL's formats and Anthropic HH's, told apart by columns and value types:
+Accepted are TRL's formats, Anthropic HH's, and by `foreign_format` ShareGPT's and Alpaca's, told
+apart by columns and value types:
 
 ====================  ========================  ==================================================
 format                columns                   values
 ====================  ========================  ==================================================
 preference, explicit  prompt, chosen, rejected  strings or lists of messages
-preference, implicit  chosen, rejected          HH strings, whole conversations, or texts sharing
-                                                their first words
+preference, implicit  chosen, rejected          HH strings, whole conversations, or texts that share
+                                                a question, see `split_shared`
 prompt-completion     prompt, completion        strings or lists of messages
+... with labels       and label                 true: a reference answer; false: the rejected answer
+                                                of a row with the same prompt (KTO's form)
 messages              messages                  a conversation ending with the reference answer
 prompt-only           prompt                    a string or a list of messages
 ====================  ========================  ==================================================
@@ -16,10 +19,13 @@ prompt-only           prompt                    a string or a list of messages
 A string that starts with "Human:" or "Assistant:" is an HH conversation where a conversation may
 stand: as `prompt`, or as `chosen` and `rejected` without a prompt. Its turn markers are exactly
 "\\n\\nHuman:" and "\\n\\nAssistant:"; anything like them ("\\nHuman:", "\\n\\nhuman:") is text.
+Numbers are text where text may stand, and NaN is a missing value. A developer's message is the
+system's; content may be a list of text parts.
 
 Rows are **dropped** when no group can be built on them: a missing value, no user turn right before
 the answer, a last turn that is not the assistant's, an empty reference answer, prompts that differ
-between chosen and rejected (compared as written, turn by turn), chosen equal to rejected.
+between chosen and rejected (compared as written, turn by turn), chosen equal to rejected, a value
+or message that no format has, tool calls.
 
 All else is **kept**. An empty rejected answer stays "", which a preference loss can use. White
 space around turns is stripped. An empty turn inside a prompt is left out: a template would show the
@@ -31,30 +37,30 @@ Both kinds are counted in the `FormatReport`.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-Message = dict[str, str]
-"""One turn: {"role": "system" | "user" | "assistant", "content": str}."""
+from grao_lightning.data.example import Example
+from grao_lightning.data.foreign import foreign_format
+from grao_lightning.data.labelled import BAD_ANSWER, are_labels, is_good, paired
+from grao_lightning.data.shared_text import CHOSEN_EQUALS_REJECTED, PROMPTS_DIFFER, split_shared
+from grao_lightning.data.turns import (
+    NO_USER_TURN,
+    DropError,
+    Message,
+    as_text,
+    is_plain,
+    tidied,
+    turns_of,
+    user,
+)
 
 MISSING_VALUE = "missing value"
-NO_USER_TURN = "no user turn before the answer"
 LAST_TURN_NOT_ASSISTANT = "last turn is not the assistant's"
 EMPTY_REFERENCE_ANSWER = "empty reference answer"
-PROMPTS_DIFFER = "prompts differ between chosen and rejected"
-CHOSEN_EQUALS_REJECTED = "chosen equals rejected"
-
 EMPTY_REJECTED_ANSWER = "empty rejected answer"
-EMPTY_TURN = "empty turn left out"
-CONSECUTIVE_TURNS = "consecutive turns of one role joined"
-LITERAL_MARKER = "'Human:' or 'Assistant:' inside a turn's line kept as text"
-NEAR_MARKER = "near-marker such as '\\nHuman:' or '\\n\\nhuman:' kept as text"
-STRAY_WHITE_SPACE = "stray white space around a turn stripped"
-
-ROLES = ("system", "user", "assistant")
 
 PLAIN = "plain string"
 HH_TEXT = "one string of Anthropic HH's form"
@@ -67,39 +73,21 @@ _FORMATS: dict[str, tuple[str, ...]] = {  # the first whose columns are all ther
     "messages": ("messages",),
     "prompt-only": ("prompt",),
 }
-_HH_ROLES = {"Human": "user", "Assistant": "assistant"}
-_HH_START = re.compile(r"\s*(?:Human|Assistant):")
-_HH_MARKER = re.compile(r"\n\n(Human|Assistant):")
-_NEAR_MARKER = re.compile(r"\n\s*(?:human|assistant):", re.IGNORECASE)
-_LITERAL_MARKER = re.compile(r"(?:\A|\S)[^\S\n]*\b(?:Human|Assistant):")
-
-
-@dataclass(frozen=True)
-class Example:
-    """One prompt with what the data says about it.
-
-    Attributes:
-        prompt: A string (standard), or messages ending with the user's turn (conversational).
-        reference_answer: The chosen answer or completion; None in prompt-only data.
-        rejected_answer: The rejected answer; None unless the data holds preferences.
-        columns: Every column not used above, for reward functions by name.
-    """
-
-    prompt: str | list[Message]
-    reference_answer: str | None
-    rejected_answer: str | None
-    columns: dict[str, Any]
+LABELLED = "prompt-completion"  # may have labels
+_MANY = 0.1  # of the rows dropped are a reason to warn
 
 
 @dataclass
 class FormatReport:
-    """What became of the rows. `rows_read == rows_kept + sum(dropped.values())`.
+    """What became of the rows: `rows_read == rows_kept + rows_paired + sum(dropped.values())`.
 
     Attributes:
         format: Name of the format found, one of the table above.
         rows_read: Rows seen.
         rows_kept: Rows that became examples.
+        rows_paired: Rows whose bad answer became the rejected one of another row's example.
         dropped: Rows dropped, by reason; a row counts once, under the first reason met.
+        first_dropped: Number and excerpt of the first row dropped for each reason.
         survived: Kept rows with an oddity, by oddity; a row counts once under each.
         prompts: Kept rows by how their prompts are written: `PLAIN`, `HH_TEXT` or `MESSAGES`.
     """
@@ -107,18 +95,43 @@ class FormatReport:
     format: str
     rows_read: int = 0
     rows_kept: int = 0
+    rows_paired: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+    first_dropped: dict[str, str] = field(default_factory=dict)
     survived: Counter[str] = field(default_factory=Counter)
     prompts: Counter[str] = field(default_factory=Counter)
 
     def __str__(self) -> str:
         """Returns one paragraph for the console."""
         text = f"Read {self.rows_read} rows as {self.format}; kept {self.rows_kept}."
-        for verb, counts in (("Dropped", self.dropped), ("Kept in spite of", self.survived)):
-            if counts:
-                told = "; ".join(f"{name}: {count}" for name, count in counts.most_common())
-                text += f" {verb} - {told}."
+        if self.rows_paired:
+            text += f" {self.rows_paired} bad answers stand beside a good one as rejected."
+        if self.dropped:
+            told = "; ".join(
+                f"{reason}: {count} (first: {self.first_dropped[reason]})"
+                for reason, count in self.dropped.most_common()
+            )
+            text += f" Dropped - {told}."
+        if self.survived:
+            told = "; ".join(f"{name}: {count}" for name, count in self.survived.most_common())
+            text += f" Kept in spite of - {told}."
         return text
+
+    @property
+    def drops_many(self) -> bool:
+        """Return whether more than a tenth of the rows were dropped."""
+        return sum(self.dropped.values()) > _MANY * self.rows_read
+
+    def drop(self, reason: str, number: int, row: Mapping[str, Any]) -> None:
+        """Count a row as dropped.
+
+        Args:
+            reason: Why.
+            number: Of the row, from 0.
+            row: As it was read.
+        """
+        self.dropped[reason] += 1
+        self.first_dropped.setdefault(reason, f"row {number + 1}: {_excerpt(row)}")
 
 
 def parse_rows(
@@ -140,33 +153,75 @@ def parse_rows(
 
     Raises:
         ValueError: No rows; `rename` names a column that is not there, or gives two columns one
-            name; the columns fit no format; a value of a type, or a message of a role, that no
-            format holds.
+            name; the columns fit no format.
     """
     rows = list(rows)
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    if not columns:
-        raise ValueError("the data must have at least one row with columns; got none")
-    names = _new_names(columns, rename or {})
-    used = _detect_format(list(names.values()))
-    report = FormatReport(format=used)
-    examples = []
-    for number, row in enumerate(rows, start=1):
-        report.rows_read += 1
+    renamed, owner = _under_our_names(rows, rename or {})
+    used = _detect_format(_columns(renamed))
+    labels = _labels(used, renamed)
+    report = FormatReport(f"{owner}'s {used}" if owner else used, len(rows))
+    kept: dict[int, Example] = {}
+    for number, row in enumerate(renamed):
         oddities: set[str] = set()
         try:
-            renamed = {names[name]: value for name, value in row.items()}
-            example = _parse_row(renamed, _FORMATS[used], oddities)
-            report.prompts[_written(example, renamed, _FORMATS[used])] += 1
-            examples.append(_as_chat(example) if as_chat else example)
-        except _DropError as reason:
-            report.dropped[str(reason)] += 1
-        except _BadValueError as error:
-            raise ValueError(f"row {number}: {error}") from None
+            if labels and is_good(labels[number]) is None:
+                raise DropError(MISSING_VALUE)
+            kept[number] = _parse_row(row, _FORMATS[used], oddities)
+        except DropError as reason:
+            report.drop(str(reason), number, rows[number])
         else:
             report.survived.update(oddities)
-    report.rows_kept = len(examples)
-    return examples, report
+    if labels:
+        kept = _paired(kept, labels, report, rows)
+    report.rows_kept = len(kept)
+    report.prompts.update(
+        _written(example, renamed[number], _FORMATS[used]) for number, example in kept.items()
+    )
+    return [_as_chat(example) if as_chat else example for example in kept.values()], report
+
+
+def _columns(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def _under_our_names(
+    rows: Sequence[Mapping[str, Any]], rename: Mapping[str, str]
+) -> tuple[list[dict[str, Any]], str | None]:
+    """Returns rows under our columns' names, and whose form they had if not ours."""
+    columns = _columns(rows)
+    if not columns:
+        raise ValueError("the data must have at least one row with columns; got none")
+    names = _new_names(columns, rename)
+    renamed = [{names[name]: value for name, value in row.items()} for row in rows]
+    foreign = foreign_format(names.values())
+    if foreign is None:
+        return renamed, None
+    return [foreign.adopt(row) for row in renamed], foreign.name
+
+
+def _labels(used: str, rows: Sequence[dict[str, Any]]) -> list[Any]:
+    """Takes the labels of answers out of rows and returns them; none where there are none."""
+    if used != LABELLED or not all("label" in row for row in rows):
+        return []
+    if not are_labels([row["label"] for row in rows]):
+        return []
+    return [row.pop("label") for row in rows]
+
+
+def _paired(
+    kept: dict[int, Example],
+    labels: Sequence[Any],
+    report: FormatReport,
+    rows: Sequence[Mapping[str, Any]],
+) -> dict[int, Example]:
+    """Returns the examples with good answers, and counts what became of the others."""
+    places = list(kept)
+    found, left = paired(list(kept.values()), [bool(is_good(labels[at])) for at in places])
+    for place in left:
+        report.drop(BAD_ANSWER, places[place], rows[places[place]])
+    report.rows_paired = len(kept) - len(found) - len(left)
+    report.format = "prompt-completion with labels"
+    return {places[place]: example for place, example in found.items()}
 
 
 def _written(example: Example, row: Mapping[str, Any], used: tuple[str, ...]) -> str:
@@ -185,18 +240,10 @@ def _as_chat(example: Example) -> Example:
     )
     return replace(
         example,
-        prompt=[_user(example.prompt)],
+        prompt=[user(example.prompt)],
         reference_answer=reference_answer,
         rejected_answer=rejected_answer,
     )
-
-
-class _DropError(Exception):
-    """The row at hand cannot be used; the message is the reason counted."""
-
-
-class _BadValueError(Exception):
-    """The row at hand holds a value of a kind that no format has."""
 
 
 def _new_names(columns: list[str], rename: Mapping[str, str]) -> dict[str, str]:
@@ -234,14 +281,14 @@ def _detect_format(columns: list[str]) -> str:
 
 def _parse_row(row: Mapping[str, Any], used: tuple[str, ...], oddities: set[str]) -> Example:
     """Returns the row's example and adds to `oddities` what was survived."""
-    values: dict[str, Any] = {name: row.get(name) for name in used}
+    values: dict[str, Any] = {name: as_text(row.get(name)) for name in used}
     if any(value is None for value in values.values()):
-        raise _DropError(MISSING_VALUE)
+        raise DropError(MISSING_VALUE)
     raw_prompt = values.pop("prompt", None)
     if used == ("chosen", "rejected"):
         texts = [value for value in values.values() if isinstance(value, str)]
-        if len(texts) == 2 and any(_is_plain(text) for text in texts):
-            raw_prompt, *answers = _split_shared_words(*texts)
+        if len(texts) == 2 and any(is_plain(text) for text in texts):
+            raw_prompt, *answers = split_shared(oddities, *texts)
             values = dict(zip(used, answers, strict=True))
 
     prompt: str | list[Message]
@@ -250,13 +297,13 @@ def _parse_row(row: Mapping[str, Any], used: tuple[str, ...], oddities: set[str]
         prompt, answers = _check_sides(sides, oddities)
     else:
         answers = []
-        prompt = raw_prompt if _is_plain(raw_prompt) else _turns(raw_prompt, "prompt", oddities)
+        prompt = raw_prompt if is_plain(raw_prompt) else turns_of(raw_prompt, "prompt", oddities)
 
     if isinstance(prompt, str):
         if not prompt.strip():
-            raise _DropError(NO_USER_TURN)
+            raise DropError(NO_USER_TURN)
     else:
-        prompt, answers = _tidy(prompt, answers, oddities)
+        prompt, answers = tidied(prompt, answers, oddities)
     return Example(
         prompt=prompt,
         reference_answer=answers[0] if answers else None,
@@ -273,22 +320,17 @@ def _check_sides(
     prompts, maybe_answers = zip(*sides, strict=True)
     answers = [answer for answer in maybe_answers if answer is not None]
     if len(answers) < len(sides):
-        raise _DropError(LAST_TURN_NOT_ASSISTANT)
+        raise DropError(LAST_TURN_NOT_ASSISTANT)
     if not answers[0].strip():
-        raise _DropError(EMPTY_REFERENCE_ANSWER)
+        raise DropError(EMPTY_REFERENCE_ANSWER)
     if prompts[0] != prompts[-1]:
-        raise _DropError(PROMPTS_DIFFER)
+        raise DropError(PROMPTS_DIFFER)
     if len(answers) == 2:
         if answers[0] == answers[1]:
-            raise _DropError(CHOSEN_EQUALS_REJECTED)
+            raise DropError(CHOSEN_EQUALS_REJECTED)
         if not answers[1].strip():
             oddities.add(EMPTY_REJECTED_ANSWER)
     return prompts[0], answers
-
-
-def _is_plain(value: Any) -> bool:
-    """True for a string that is not an HH conversation."""
-    return isinstance(value, str) and not _HH_START.match(value)
 
 
 def _join(
@@ -297,122 +339,20 @@ def _join(
     """Returns prompt (its turns as written) and answer of one side; None without a final answer."""
     if prompt is not None and isinstance(answer, str):
         # With its own prompt column, an answer is text even if it starts with "Human:".
-        if _is_plain(prompt):
+        if is_plain(prompt):
             return prompt, answer
-        return _turns(prompt, "prompt", oddities), answer.strip()
+        return turns_of(prompt, "prompt", oddities), answer.strip()
 
-    turns = _turns(answer, name, oddities)
+    turns = turns_of(answer, name, oddities)
     # Where an answer starts afresh, it repeats the prompt (UltraFeedback's columns do).
     if prompt is not None and turns and turns[0]["role"] == "assistant":
-        before = [_user(prompt)] if _is_plain(prompt) else _turns(prompt, "prompt", oddities)
+        before = [user(prompt)] if is_plain(prompt) else turns_of(prompt, "prompt", oddities)
         turns = before + turns
     if not turns or turns[-1]["role"] != "assistant":
         return turns, None
     return turns[:-1], turns[-1]["content"]
 
 
-def _user(text: str) -> Message:
-    return {"role": "user", "content": text.strip()}
-
-
-def _turns(value: Any, name: str, oddities: set[str]) -> list[Message]:
-    """Returns the turns of an HH string or a list of messages, contents stripped.
-
-    The empty assistant turn that ends an HH prompt is only the cue to answer, and left out.
-    """
-    if isinstance(value, str) and _HH_START.match(value):
-        parts = _HH_MARKER.split("\n\n" + value.lstrip())[1:]
-        raw = [
-            # The one space after a marker is part of the form.
-            {"role": _HH_ROLES[marker], "content": content.removeprefix(" ")}
-            for marker, content in zip(parts[::2], parts[1::2], strict=True)
-        ]
-        if name == "prompt" and raw[-1]["role"] == "assistant" and not raw[-1]["content"].strip():
-            raw.pop()
-        if any(_NEAR_MARKER.search(turn["content"]) for turn in raw):
-            oddities.add(NEAR_MARKER)
-        if any(_LITERAL_MARKER.search(turn["content"]) for turn in raw):
-            oddities.add(LITERAL_MARKER)
-    elif isinstance(value, list):
-        raw = [_message(message, name) for message in value]
-    else:
-        text = "an HH conversation" if isinstance(value, str) else "a string"
-        raise _BadValueError(
-            f"column {name!r} must hold a list of messages or {text}; "
-            f"got {type(value).__name__}: {_excerpt(value)}"
-        )
-    turns = [{"role": turn["role"], "content": turn["content"].strip()} for turn in raw]
-    if turns != raw:
-        oddities.add(STRAY_WHITE_SPACE)
-    return turns
-
-
-def _message(message: Any, name: str) -> Message:
-    """Returns one message's role and content, checked; a content of None is an empty one."""
-    if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-        raise _BadValueError(
-            f"column {name!r} must hold messages with role and content; got {_excerpt(message)}"
-        )
-    role, content = message["role"], message["content"]
-    if role not in ROLES:
-        raise _BadValueError(
-            f"column {name!r}: a message's role must be one of {', '.join(ROLES)}; got {role!r}; "
-            "remove or convert such messages before training"
-        )
-    if not isinstance(content, str | None):
-        raise _BadValueError(
-            f"column {name!r}: a message's content must be a string; "
-            f"got {type(content).__name__}: {_excerpt(content)}"
-        )
-    return {"role": role, "content": content or ""}
-
-
-def _excerpt(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _tidy(
-    turns: list[Message], answers: list[str], oddities: set[str]
-) -> tuple[list[Message], list[str]]:
-    """Returns prompt and answers as chat templates take them: alternating roles, the user's last.
-
-    An assistant turn right before the answers is joined to each of them. An empty system message
-    stays: it is how a user switches off a template's default one.
-    """
-    if turns and turns[-1]["role"] == "user" and not turns[-1]["content"]:
-        raise _DropError(NO_USER_TURN)
-    tidy: list[Message] = []
-    for turn in turns:
-        if not turn["content"] and turn["role"] != "system":
-            oddities.add(EMPTY_TURN)
-        elif tidy and tidy[-1]["role"] == turn["role"]:
-            oddities.add(CONSECUTIVE_TURNS)
-            tidy[-1]["content"] += "\n\n" + turn["content"]
-        else:
-            tidy.append(dict(turn))
-    if answers and tidy and tidy[-1]["role"] == "assistant":
-        oddities.add(CONSECUTIVE_TURNS)
-        before = tidy.pop()["content"]
-        answers = [f"{before}\n\n{answer}".strip() for answer in answers]
-    if not tidy or tidy[-1]["role"] != "user":
-        raise _DropError(NO_USER_TURN)
-    return tidy, answers
-
-
-def _split_shared_words(chosen: str, rejected: str) -> tuple[str, str, str]:
-    """Returns the whole words two texts share at their start, and what follows in each.
-
-    The answers keep the white space before their first word.
-    """
-    if chosen == rejected:
-        raise _DropError(CHOSEN_EQUALS_REJECTED)
-    pairs = enumerate(zip(chosen, rejected, strict=False))
-    end = next((i for i, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))
-    # Where a word goes on in either text, it is not shared.
-    if chosen[end : end + 1].strip() or rejected[end : end + 1].strip():
-        end = len(re.sub(r"\S*\Z", "", chosen[:end]))
-    prompt = chosen[:end].rstrip()
-    if not prompt:
-        raise _DropError(PROMPTS_DIFFER)
-    return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
+def _excerpt(row: Mapping[str, Any]) -> str:
+    text = repr(dict(row))
+    return text if len(text) <= 100 else text[:97] + "..."

@@ -4,7 +4,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from grao_lightning.data.encoding import EncodedPrompt, PromptEncoder
-from grao_lightning.data.formats import HH_TEXT, MESSAGES, PLAIN, Example
+from grao_lightning.data.example import Example
+from grao_lightning.data.formats import HH_TEXT, MESSAGES, PLAIN
 from grao_lightning.display.logs import quoted, wrapped
 from grao_lightning.faults import Faults
 

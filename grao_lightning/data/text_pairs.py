@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from grao_lightning.data.encoding import EncodedPrompt, PromptEncoder, conversation_text
-from grao_lightning.data.formats import Message
 from grao_lightning.data.templates import is_hh
+from grao_lightning.data.turns import Message
 from grao_lightning.faults import UserError
 
 

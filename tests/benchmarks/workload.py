@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from grao_lightning.data.formats import Message, parse_rows
+from grao_lightning.data.formats import parse_rows
+from grao_lightning.data.turns import Message
 
 # Text for prompts where no dialogues are given.
 _FILLER = "What should I look for in the report you sent last week, and why does it matter? "

@@ -10,7 +10,7 @@ import pytest
 
 from grao_lightning import PromptDataModule
 from grao_lightning.data.datamodule import with_wrong_references
-from grao_lightning.data.formats import Example
+from grao_lightning.data.example import Example
 from grao_lightning.data.sampler import StepBatchSampler
 from grao_lightning.faults import UserError
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from grao_lightning.data import formats
+from grao_lightning.data import formats, shared_text, turns
 from grao_lightning.data.formats import parse_rows
 
 
@@ -109,16 +109,39 @@ def test_standard_strings_are_kept_to_the_letter():
 @pytest.mark.parametrize(
     ("chosen", "rejected", "prompt", "answer"),
     [
-        ("The sky is blue.", "The sky is black.", "The sky is", " blue."),
-        ("The sky is so", "The sky is\nno", "The sky is", " so"),
         ("Q: a\nA: yes", "Q: a\nA: no", "Q: a\nA:", " yes"),
-        ("Q: a b", "Q: a\tc", "Q: a", " b"),
+        ("Q: is it? A: I think it is fine", "Q: is it? A: I think it is bad",
+         "Q: is it? A:", " I think it is fine"),
+        ("Q: a\nA: well,\nyes", "Q: a\nA: well,\nno", "Q: a\nA:", " well,\nyes"),
+        ("### Instruction:\nx\n\n### Response:\nyes", "### Instruction:\nx\n\n### Response:\nno",
+         "### Instruction:\nx\n\n### Response:", "\nyes"),
+        ("What is it?\nIt is good", "What is it?\nIt is bad", "What is it?", "\nIt is good"),
+        ("What?\n\nyes", "What?\n\nno", "What?", "\n\nyes"),
+        # A marker that only one of them has, or that is part of a word, is text.
+        ("Mary said\nAnna: x", "Mary said\nAnna y", "Mary said", "\nAnna: x"),
     ],
-)
-def test_implicit_prompt_of_texts_is_their_shared_whole_words(chosen, rejected, prompt, answer):
-    example, _ = one({"chosen": chosen, "rejected": rejected})
+)  # fmt: skip
+def test_texts_that_begin_alike_are_cut_where_the_question_they_share_ends(
+    chosen, rejected, prompt, answer
+):
+    example, odd = one({"chosen": chosen, "rejected": rejected})
     assert (example.prompt, example.reference_answer) == (prompt, answer)
     assert example.prompt + example.rejected_answer == rejected
+    marked = prompt.endswith(":")
+    assert odd == {shared_text.CUT_AT_A_TURN if marked else shared_text.CUT_AT_A_LINE: 1}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected"),
+    [
+        ("The sky is blue.", "The sky is black."),
+        ("The sky is so", "The sky is\nno"),
+        ("\nThe sky is so", "\nThe sky is no"),
+        ("Q: a b", "Q: a\tc"),
+    ],
+)
+def test_texts_that_share_no_boundary_are_not_cut_in_an_answer(chosen, rejected):
+    assert reason({"chosen": chosen, "rejected": rejected}) == shared_text.NO_BOUNDARY
 
 
 def test_other_columns_reach_the_example_and_used_ones_do_not():
@@ -164,45 +187,56 @@ def test_no_rows_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("row", "words"),
+    ("value", "why"),
     [
-        ({"prompt": 3}, "'prompt' must hold a list of messages or a string; got int: 3"),
-        ({"messages": "text"}, "'messages' must hold a list of messages or an HH conversation"),
-        ({"prompt": [{"from": "human"}]}, "messages with role and content"),
-        ({"prompt": [{"role": "tool", "content": "x"}]}, "system, user, assistant; got 'tool'"),
-        ({"prompt": [{"role": "user", "content": [1]}]}, "content must be a string; got list"),
+        (True, turns.NEITHER_TEXT_NOR_MESSAGES),
+        ("text", turns.NEITHER_TEXT_NOR_MESSAGES),
+        ([3], turns.NO_MESSAGE),
+        ([{"role": "user"}], turns.NO_MESSAGE),
+        ([{"content": "x"}], turns.NO_MESSAGE),
+        ([{"role": "narrator", "content": "x"}], turns.UNKNOWN_ROLE),
+        ([{"role": "tool", "content": "x"}], turns.TOOLS),
+        ([{"role": "assistant", "content": None, "tool_calls": [{}]}], turns.TOOLS),
+        ([{"role": "user", "content": [{"type": "image"}]}], turns.NOT_TEXT),
+        ([{"role": "user", "content": True}], turns.NOT_TEXT),
     ],
 )
-def test_values_no_format_holds_are_refused_with_their_row(row, words):
-    column = next(iter(row))
-    good = {"prompt": "p"} if column == "prompt" else {"messages": [*HI, assistant("a")]}
-    with pytest.raises(ValueError) as error:
-        parse_rows([good, row])
-    assert str(error.value).startswith("row 2: ")
-    assert words in str(error.value)
+def test_a_value_that_no_format_holds_drops_its_row_alone_and_is_shown_once(value, why):
+    good = {"messages": [*HI, assistant("a")]}
+    examples, report = parse_rows([good, {"messages": value}, {"messages": value}, good])
+    assert len(examples) == 2 and report.dropped == {why: 2}
+    assert str(report).count(why) == 1 and "(first: row 2: {'messages'" in str(report)
+
+
+@pytest.mark.parametrize(("dropped", "told"), [(1, False), (2, True)])
+def test_more_than_a_tenth_dropped_is_many(dropped, told):
+    rows = [{"prompt": "p", "completion": "c"}] * (10 - dropped)
+    _, report = parse_rows(rows + [{"prompt": None, "completion": "c"}] * dropped)
+    assert report.drops_many == told
 
 
 @pytest.mark.parametrize(
     ("row", "why"),
     [
-        ({"chosen": hh("Hi", "a"), "rejected": hh("Ho", "b")}, formats.PROMPTS_DIFFER),
+        ({"chosen": hh("Hi", "a"), "rejected": hh("Ho", "b")}, shared_text.PROMPTS_DIFFER),
         # A chosen answer that runs on into a further turn: its prompt is longer as written.
         ({"chosen": hh("Hi", "a") + "\n\nAssistant: b", "rejected": hh("Hi", "c")},
-         formats.PROMPTS_DIFFER),
-        ({"chosen": "a x", "rejected": "b x"}, formats.PROMPTS_DIFFER),
+         shared_text.PROMPTS_DIFFER),
+        ({"chosen": "a x", "rejected": "b x"}, shared_text.PROMPTS_DIFFER),
         ({"chosen": hh("Hi", " "), "rejected": hh("Hi", "b")}, formats.EMPTY_REFERENCE_ANSWER),
         ({"prompt": "p", "completion": " "}, formats.EMPTY_REFERENCE_ANSWER),
-        ({"chosen": hh("Hi", "a "), "rejected": hh("Hi", " a")}, formats.CHOSEN_EQUALS_REJECTED),
-        ({"chosen": "a", "rejected": "a"}, formats.CHOSEN_EQUALS_REJECTED),
+        ({"chosen": hh("Hi", "a "), "rejected": hh("Hi", " a")},
+         shared_text.CHOSEN_EQUALS_REJECTED),
+        ({"chosen": "a", "rejected": "a"}, shared_text.CHOSEN_EQUALS_REJECTED),
         ({"chosen": hh("Hi", "a", "b"), "rejected": hh("Hi", "a", "b")},
          formats.LAST_TURN_NOT_ASSISTANT),
         ({"messages": []}, formats.LAST_TURN_NOT_ASSISTANT),
         ({"messages": [*HI, assistant("a"), user("b")]}, formats.LAST_TURN_NOT_ASSISTANT),
-        ({"messages": [system("s"), assistant("a")]}, formats.NO_USER_TURN),
-        ({"messages": [user(" "), assistant("a")]}, formats.NO_USER_TURN),
-        ({"messages": hh("Hi", "a", "", "b")}, formats.NO_USER_TURN),
-        ({"prompt": [*HI, assistant("a")]}, formats.NO_USER_TURN),
-        ({"prompt": "  "}, formats.NO_USER_TURN),
+        ({"messages": [system("s"), assistant("a")]}, turns.NO_USER_TURN),
+        ({"messages": [user(" "), assistant("a")]}, turns.NO_USER_TURN),
+        ({"messages": hh("Hi", "a", "", "b")}, turns.NO_USER_TURN),
+        ({"prompt": [*HI, assistant("a")]}, turns.NO_USER_TURN),
+        ({"prompt": "  "}, turns.NO_USER_TURN),
         ({"prompt": "p", "completion": None}, formats.MISSING_VALUE),
     ],
 )  # fmt: skip
@@ -215,14 +249,14 @@ def test_text_like_a_marker_is_not_a_turn():
     example, odd = one({"chosen": hh("Hi", text), "rejected": hh("Hi", "no")})
     assert example.prompt == HI
     assert example.reference_answer == text
-    assert odd == {formats.NEAR_MARKER: 1}
+    assert odd == {turns.NEAR_MARKER: 1}
 
 
 @pytest.mark.parametrize("text", ["He said Human: no", "Human: no", "a\nAs Assistant: b"])
 def test_a_literal_marker_inside_a_line_is_kept_and_counted(text):
     example, odd = one({"chosen": hh("Hi", text), "rejected": hh("Hi", "no")})
     assert example.reference_answer == text
-    assert odd == {formats.LITERAL_MARKER: 1}
+    assert odd == {turns.LITERAL_MARKER: 1}
 
 
 def test_the_first_marker_needs_no_newlines_but_later_ones_do():
@@ -235,7 +269,7 @@ def test_the_first_marker_needs_no_newlines_but_later_ones_do():
 def test_white_space_around_turns_is_stripped_and_counted():
     example, odd = one({"chosen": hh(" Hi\n", "a "), "rejected": hh("Hi", "b")})
     assert (example.prompt, example.reference_answer) == (HI, "a")
-    assert odd == {formats.STRAY_WHITE_SPACE: 1}
+    assert odd == {turns.STRAY_WHITE_SPACE: 1}
 
 
 def test_the_usual_form_is_not_odd():
@@ -248,7 +282,7 @@ def test_consecutive_turns_of_one_role_are_joined():
     }
     example, odd = one(rows)
     assert example.prompt == [system("s"), user("a\n\nb"), assistant("c"), user("d")]
-    assert odd == {formats.CONSECUTIVE_TURNS: 1}
+    assert odd == {turns.CONSECUTIVE_TURNS: 1}
 
 
 def test_an_assistants_turn_before_the_answers_is_joined_to_each():
@@ -256,13 +290,13 @@ def test_an_assistants_turn_before_the_answers_is_joined_to_each():
     example, odd = one({"chosen": start + "b", "rejected": start + "c"})
     assert (example.prompt, example.reference_answer) == (HI, "a\n\nb")
     assert example.rejected_answer == "a\n\nc"
-    assert odd == {formats.CONSECUTIVE_TURNS: 1}
+    assert odd == {turns.CONSECUTIVE_TURNS: 1}
 
 
 def test_an_empty_turn_is_left_out_and_its_neighbours_joined():
     example, odd = one({"messages": hh("a", "", "b", "c")})
     assert example.prompt == [user("a\n\nb")]
-    assert odd == {formats.EMPTY_TURN: 1, formats.CONSECUTIVE_TURNS: 1}
+    assert odd == {turns.EMPTY_TURN: 1, turns.CONSECUTIVE_TURNS: 1}
 
 
 def test_an_empty_system_message_stays():
@@ -292,8 +326,11 @@ def test_report_accounts_for_every_row():
     assert (report.rows_read, report.rows_kept, len(examples)) == (3, 1, 1)
     assert sum(report.dropped.values()) == 2
     assert str(report) == (
-        "Read 3 rows as preference (implicit prompt); kept 1. Dropped - chosen equals rejected: 1; "
-        "missing value: 1. Kept in spite of - stray white space around a turn stripped: 1."
+        "Read 3 rows as preference (implicit prompt); kept 1. Dropped - chosen equals rejected: 1 "
+        "(first: row 2: {'chosen': '\\n\\nHuman: Hi\\n\\nAssistant: a', 'rejected': "
+        "'\\n\\nHuman: Hi\\n\\nAssistant: a'}); missing value: 1 (first: row 3: {'chosen': "
+        "'\\n\\nHuman: Hi\\n\\nAssistant: ', 'rejected': None}). Kept in spite of - stray white "
+        "space around a turn stripped: 1."
     )
 
 

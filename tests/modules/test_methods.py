@@ -9,7 +9,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from grao_lightning import DPOModule, GRPOModule, PPOModule
-from grao_lightning.data.formats import Example
+from grao_lightning.data.example import Example
 from grao_lightning.faults import UserError
 from grao_lightning.objectives.dpo import DPOSettings, dpo_loss
 from tests.runs import fit, largest_difference, stages, trainer, two_ranks, weights

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from grao_lightning import GroupSampling, GroupScoring, PromptDataModule, ReferenceAwareClipping
-from grao_lightning.data.formats import Example
+from grao_lightning.data.example import Example
 from grao_lightning.display.tables import without_nan
 from grao_lightning.faults import UserError
 from grao_lightning.language_model.scores import row_scores
