@@ -35,19 +35,17 @@ def is_in_one_pass(module: Any) -> bool:
     return getattr(module, "adds_in_one_pass", False)
 
 
-def with_adapter(layer: Any, precision: torch.dtype) -> Tensor | None:
-    """Return a map's weight with its adapter added, [out, in] float32; None where that is not it.
+def adapter_of(layer: Any) -> tuple[Tensor, Tensor] | None:
+    """Return A [rank, in] and the scaled B [out, rank], float32; None where that is not it.
 
     Args:
         layer: Of `is_in_one_pass`, in evaluation: dropout is left out.
-        precision: Of the products, to which the weight is rounded, its adapter not.
     """
     if not _plain(layer, layer.base_layer.weight):
         return None
     (name,) = layer.active_adapters
-    weight = layer.base_layer.weight.to(precision).float()
     down, up = (part[name].weight.float() for part in (layer.lora_A, layer.lora_B))
-    return torch.addmm(weight, up, down, alpha=layer.scaling[name])
+    return down, up * layer.scaling[name]
 
 
 @lru_cache(maxsize=1)

@@ -215,58 +215,76 @@ class _TreeAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        query, key, value, output, *saved = ctx.saved_tensors
-        segments: Sequence[Segment] = ctx.segments
-        sums = iter(saved)
+        query, key, value, output, *sums = ctx.saved_tensors
         # The kernel takes five times as long over short branches in half precision as in float32.
-        dtype, exact = query.dtype, torch.promote_types(query.dtype, torch.float32)
-        query, key, value, output, gradient = (
-            part.to(exact) for part in (query, key, value, output, gradient)
-        )
-        repeats = query.shape[1] // key.shape[1]
-        to_query = torch.empty(query.shape, dtype=query.dtype)
-        to_key = torch.empty(key.shape, dtype=key.dtype)
-        to_value = torch.empty(value.shape, dtype=value.dtype)
+        exact = torch.promote_types(output.dtype, torch.float32)
+        lifted = [part.to(exact) for part in (gradient, query, key, value, output)]
+        found = [torch.empty_like(part, memory_format=torch.contiguous_format)
+                 for part in lifted[1:4]]  # fmt: skip
+        of_segments = iter(sums)
+        for segment in ctx.segments:
+            own = [next(of_segments) for _ in range(2 if segment.branch_lengths else 1)]
+            _add_gradients(segment, ctx.scale, lifted, own, found)
+        return (*(part.to(output.dtype) for part in found), None, None)
 
-        def back(gradient: Tensor, *saved: Tensor, causal: bool) -> Any:
-            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                gradient, *saved, 0.0, causal, scale=ctx.scale
-            )
 
-        for segment in segments:
-            prompt = slice(segment.start, segment.branches_start)
-            own = [repeated(part[:, :, prompt], repeats) for part in (key, value)]
-            of_query, of_key, of_value = back(
-                gradient[:, :, prompt], query[:, :, prompt], *own, output[:, :, prompt],
-                next(sums), causal=True,
-            )  # fmt: skip
-            to_query[:, :, prompt] = of_query
-            to_key[:, :, prompt] = _summed(of_key, repeats)
-            to_value[:, :, prompt] = _summed(of_value, repeats)
-            if not segment.branch_lengths:
-                continue
-            branches = slice(segment.branches_start, segment.end)
-            total = next(sums)  # [1, Hq, L]
-            asked = [part[:, :, branches] for part in (gradient, query, output)]
-            folded = [_folded(part, repeats) for part in asked]
-            of_query, of_key, of_value = back(
-                folded[0], folded[1], key[:, :, prompt], value[:, :, prompt], folded[2],
-                total.reshape(folded[0].shape[:-1]), causal=False,
-            )  # fmt: skip
-            to_query[:, :, branches] = of_query.reshape(asked[0].shape)
-            to_key[:, :, prompt] += of_key
-            to_value[:, :, prompt] += of_value
-            ragged = Ragged(segment.branch_lengths)
-            padded = [ragged.pad(part) for part in asked]
-            own = [repeated(ragged.pad(part[:, :, branches]), repeats) for part in (key, value)]
-            of_query, of_key, of_value = back(
-                padded[0], padded[1], *own, padded[2], ragged.pad(total[..., None])[..., 0],
-                causal=True,
-            )  # fmt: skip
-            to_query[:, :, branches] += ragged.unpad(of_query)
-            to_key[:, :, branches] = ragged.unpad(_summed(of_key, repeats))
-            to_value[:, :, branches] = ragged.unpad(_summed(of_value, repeats))
-        return to_query.to(dtype), to_key.to(dtype), to_value.to(dtype), None, None
+def _add_gradients(
+    segment: Segment,
+    scale: float,
+    tensors: Sequence[Tensor],
+    sums: Sequence[Tensor],
+    found: Sequence[Tensor],
+) -> None:
+    """Fill in a segment's gradients of query, key and value.
+
+    Args:
+        segment: Of the pack.
+        scale: Of the products of queries and keys.
+        tensors: Gradient of the output, query, key, value, output; all of one precision.
+        sums: Log-sum-exps of the prompt, and of the branches where there are any.
+        found: Gradients of query, key and value, as far as they are known.
+    """
+    gradient, query, key, value, output = tensors
+    to_query, to_key, to_value = found
+    repeats = query.shape[1] // key.shape[1]
+    prompt = slice(segment.start, segment.branches_start)
+    own = [repeated(part[:, :, prompt], repeats) for part in (key, value)]
+    to_query[:, :, prompt], of_key, of_value = _flash_gradients(
+        gradient[:, :, prompt], query[:, :, prompt], *own, output[:, :, prompt], sums[0],
+        causal=True, scale=scale,
+    )  # fmt: skip
+    to_key[:, :, prompt] = _summed(of_key, repeats)
+    to_value[:, :, prompt] = _summed(of_value, repeats)
+    if not segment.branch_lengths:
+        return
+    branches = slice(segment.branches_start, segment.end)
+    total = sums[1]  # [1, Hq, L]
+    asked = [part[:, :, branches] for part in (gradient, query, output)]
+    folded = [_folded(part, repeats) for part in asked]
+    of_query, of_key, of_value = _flash_gradients(
+        folded[0], folded[1], key[:, :, prompt], value[:, :, prompt], folded[2],
+        total.reshape(folded[0].shape[:-1]), causal=False, scale=scale,
+    )  # fmt: skip
+    to_query[:, :, branches] = of_query.reshape(asked[0].shape)
+    to_key[:, :, prompt] += of_key
+    to_value[:, :, prompt] += of_value
+    ragged = Ragged(segment.branch_lengths)
+    padded = [ragged.pad(part) for part in asked]
+    own = [repeated(ragged.pad(part[:, :, branches]), repeats) for part in (key, value)]
+    of_query, of_key, of_value = _flash_gradients(
+        padded[0], padded[1], *own, padded[2], ragged.pad(total[..., None])[..., 0],
+        causal=True, scale=scale,
+    )  # fmt: skip
+    to_query[:, :, branches] += ragged.unpad(of_query)
+    to_key[:, :, branches] = ragged.unpad(_summed(of_key, repeats))
+    to_value[:, :, branches] = ragged.unpad(_summed(of_value, repeats))
+
+
+def _flash_gradients(gradient: Tensor, *saved: Tensor, causal: bool, scale: float) -> Any:
+    """Return the gradients of query, key and value of `flash`, given those, output and sums."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        gradient, *saved, 0.0, causal, scale=scale
+    )
 
 
 def _folded(values: Tensor, repeats: int) -> Tensor:

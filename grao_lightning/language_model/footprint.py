@@ -178,11 +178,11 @@ def cache(size: ModelSize, run: Run) -> float:
 
 
 def packed(size: ModelSize, run: Run) -> float:
-    """Return the bytes of packed weights, float32 where adapters are added to them."""
+    """Return the bytes of packed weights."""
     if not run.packs or not run.samples:
         return 0.0
-    linear = 0 if run.quantized else size.linear * (run.computed if run.adapters is None else 4)
-    return linear + size.head * run.computed
+    linear = 0 if run.quantized else size.linear
+    return (linear + size.head) * run.computed
 
 
 def device(

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grao_lightning.language_model.adapted_linear import is_in_one_pass, with_adapter
+from grao_lightning.language_model.adapted_linear import adapter_of, is_in_one_pass
 
 #: Smaller weights lie in the processor's cache however they are laid out.
 _LEAST_ELEMENTS = 2**16
@@ -34,15 +34,25 @@ def product_with(weight: Tensor, bias: Tensor | None) -> Product:
     if not _worth_packing(weight):
         return lambda x: F.linear(x, weight, bias)
     precision = _precision(weight)
-    return _packed_product(weight.to(precision), bias, precision)
+    laid_out = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(precision).contiguous())
+    # The kernel reads no strides.
+    added = None if bias is None else bias.detach().to(precision).contiguous()
+
+    def product(x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(
+            x.to(precision), laid_out, added, "none", [], ""
+        )
+        return y
+
+    return product
 
 
 @contextmanager
 def packed(model: Any) -> Iterator[None]:
     """Let a model's linear modules read packed weights; it must not be changed meanwhile.
 
-    An adapter is added to the weight it belongs to, which then is float32: rounded to bfloat16 the
-    sum would lose the adapter, and a product with it by itself takes as long as that with a weight.
+    In float32 an adapter is added to the weight it belongs to. Rounded to bfloat16 the sum would
+    lose it, so there it stays by itself, in float32: small products take long in half precision.
     """
     changed: list[nn.Module] = []
     try:
@@ -57,32 +67,31 @@ def packed(model: Any) -> Iterator[None]:
 
 def _products(model: Any) -> Iterator[tuple[nn.Module, Product]]:
     """Yield the modules that shall read packed weights, and what they then compute."""
-    below = set()  # linear modules whose weight is packed with its adapter
+    done = set()  # linear modules of which another one's product takes care
     for module in model.modules():
-        if "forward" in vars(module):
+        if "forward" in vars(module) or module in done:
             continue
-        if is_in_one_pass(module):
-            base: Any = module.base_layer
-            if type(base) is nn.Linear and _worth_packing(base.weight):
-                precision = _precision(base.weight)
-                whole = with_adapter(module, precision)
-                if whole is not None:
-                    below.add(base)
-                    yield module, _packed_product(whole, base.bias, precision)
-        elif type(module) is nn.Linear and module not in below and _worth_packing(module.weight):
+        if type(module) is nn.Linear and _worth_packing(module.weight):
             yield module, product_with(module.weight, module.bias)
+        elif is_in_one_pass(module):
+            product = _adapted_product(module)
+            if product is not None:
+                done.add(module.base_layer)
+                yield module, product
 
 
-def _packed_product(weight: Tensor, bias: Tensor | None, precision: torch.dtype) -> Product:
-    """Return ``x -> x W^T + b``, computed in the weight's precision and rounded to another."""
-    inner = weight.dtype
-    weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
-    # The kernel reads no strides.
-    added = None if bias is None else bias.detach().to(inner).contiguous()
+def _adapted_product(layer: Any) -> Product | None:
+    base, adapter = layer.base_layer, adapter_of(layer)
+    if adapter is None or type(base) is not nn.Linear or not _worth_packing(base.weight):
+        return None
+    down, up = adapter
+    if _precision(base.weight) == torch.float32:
+        return product_with(torch.addmm(base.weight.float(), up, down), base.bias)
+    whole = product_with(base.weight, base.bias)
 
     def product(x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(inner), weight, added, "none", [], "")
-        return y.to(precision)
+        with torch.autocast("cpu", enabled=False):
+            return whole(x).add_(F.linear(F.linear(x.float(), down), up))
 
     return product
 
