@@ -31,6 +31,10 @@ class Completions:
         truncated: N flags: True where the length limit ended the completion, not the policy.
         group_size: G.
         max_tokens: The length limit.
+        written: As ``texts``, with all special tokens but the one that ended the completion; by
+            default the same.
+        prompt_ends: B texts, the last tokens of each prompt with all special ones; where a template
+            opens a completion, as with a thought's tag, it is seen here. Empty: not known.
     """
 
     ids: list[TokenIds]
@@ -38,6 +42,11 @@ class Completions:
     truncated: list[bool]
     group_size: int
     max_tokens: int = 0
+    written: list[str] = field(default_factory=list)
+    prompt_ends: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.written = self.written or self.texts
 
     @property
     def lengths(self) -> Tensor:

@@ -21,6 +21,7 @@ from grao_lightning.objectives.advantages import (
 from grao_lightning.rewards.missing import MissingWindow
 from grao_lightning.rewards.protocol import Rewards, RewardSpec, reward_specs, weighted_sum
 from grao_lightning.rewards.scorers import Scorers
+from grao_lightning.rewards.seen import Seen, opening, text_seen
 
 Comparison = Literal["pairwise", "raw"]
 Aggregation = Literal["raw", "normalized"]
@@ -56,6 +57,10 @@ class GroupScoring(NamedSettings, Callback):
         max_missing: Training stops with an error and a checkpoint when more than this share of the
             completions, over the last ``missing_window`` steps, got no reward.
         missing_window: Steps; a shorter outage of a judge is waited out.
+        sees: What scorers see of a completion, see `text_seen`. "written": with the special tokens
+            that the policy wrote and a thought's tag that the template opened; "plain": without
+            special tokens; "answer": what stands behind the thought, of reference answers too.
+        thought_tags: The tags that open and close a thought.
     """
 
     def __init__(
@@ -69,6 +74,8 @@ class GroupScoring(NamedSettings, Callback):
         aggregation: Aggregation = "raw",
         max_missing: float = 0.5,
         missing_window: int = 10,
+        sees: Seen = "written",
+        thought_tags: list[str] | None = None,
     ) -> None:
         self.rewards = reward_specs("scoring.rewards", rewards or [])
         self.judges = None if judges is None else reward_specs("scoring.judges", judges)
@@ -79,6 +86,8 @@ class GroupScoring(NamedSettings, Callback):
         self.aggregation = aggregation
         self.max_missing = max_missing
         self.missing_window = missing_window
+        self.sees = sees
+        self.thought_tags = ["<think>", "</think>"] if thought_tags is None else thought_tags
         self._scorers = Scorers([*self.rewards, *(self.judges or ())])
         self._base_scores: dict[tuple[int, ...], Tensor] = {}
         self._no_signal = RareWarning()
@@ -99,6 +108,12 @@ class GroupScoring(NamedSettings, Callback):
         faults = Faults()
         faults.at_least("scoring.tie_tolerance", self.tie_tolerance, 0)
         faults.one_of("scoring.comparison", self.comparison, get_args(Comparison))
+        faults.one_of("scoring.sees", self.sees, get_args(Seen))
+        if len(self.thought_tags) != 2 or not all(self.thought_tags):
+            faults.add(
+                "scoring.thought_tags must be the two texts that open and close a thought, such as "
+                f"[<think>, </think>]; got {self.thought_tags}"
+            )
         faults.one_of("scoring.aggregation", self.aggregation, get_args(Aggregation))
         faults.between("scoring.max_missing", self.max_missing, 0, 1)
         faults.at_least("scoring.missing_window", self.missing_window, 1)
@@ -265,6 +280,7 @@ class GroupScoring(NamedSettings, Callback):
     ) -> Tensor:
         """Return the scores of every function for every member, [F, B, G+1] float64."""
         arguments = _arguments(batch, completions)
+        arguments["completions"] = self._seen(batch, completions)
         number = len(batch) if batch.has_reference_answers else 0
         called = self._scorers.scores(specs, arguments, num_reference_answers=number)
         scores = torch.tensor(called, dtype=torch.double)
@@ -273,6 +289,19 @@ class GroupScoring(NamedSettings, Callback):
             of_answers = torch.full((len(specs), len(batch)), torch.nan, dtype=torch.double)
         groups = of_completions.view(len(scores), len(batch), -1)
         return torch.cat([groups, of_answers[:, :, None]], dim=2)
+
+    def _seen(self, batch: PromptBatch, completions: Completions) -> list[str]:
+        """Return what scorers see of the completions, then of the reference answers if any."""
+        tags = self.thought_tags
+        opened = [opening(end, tags[0]) for end in completions.prompt_ends]
+        whole = [
+            opened[number // completions.group_size] + written if opened else written
+            for number, written in enumerate(completions.written)
+        ]
+        both = zip(completions.texts, whole, strict=True)
+        texts = [text_seen(self.sees, plain, written, tags) for plain, written in both]
+        answers = batch.reference_answers if batch.has_reference_answers else []
+        return texts + [text_seen(self.sees, text, text, tags) for text in answers]
 
     def _compared(self, batch: PromptBatch, scores: Tensor) -> Tensor:
         assert batch.rewards is not None and batch.outcomes is not None

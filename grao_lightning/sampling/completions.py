@@ -21,6 +21,9 @@ from grao_lightning.sampling.draw import Ended, Progress, SamplingSettings, draw
 from grao_lightning.sampling.trial import attention_of, forget_rows, way_of
 from grao_lightning.sampling.ways import SAME_LENGTH, SHARED, Batch, batches
 
+#: Tokens at a prompt's end among which a template may open a completion.
+_END = 16
+
 
 @torch.no_grad()
 def sample_completions(
@@ -52,12 +55,16 @@ def sample_completions(
 
     ids = gathered(model, sampled)
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    inner = [row[:-1] if row[-1] in settings.eos_ids else row for row in ids]
+    written = tokenizer.batch_decode(inner, skip_special_tokens=False)
     return Completions(
         ids=ids,
         texts=[_before_stop(text, settings.stop_strings) for text in texts],
         truncated=[not ended.whole(row, text) for row, text in zip(ids, texts, strict=True)],
         group_size=len(uniforms[0]),
         max_tokens=settings.max_new_tokens,
+        written=[_before_stop(text, settings.stop_strings) for text in written],
+        prompt_ends=tokenizer.batch_decode([prompt[-_END:] for prompt in prompt_ids]),
     )
 
 

@@ -465,7 +465,7 @@ def test_kinds_of_rewards_mix_with_their_weights_and_judge_too():
         ({"rewards": [word_count, f"{HERE}.word_count"]}, "'word_count' names two reward"),
         ({"rewards": [Words()], "judges": [Words()]}, "'Words' names two reward functions"),
         ({"rewards": [RewardSpec(word_count, weight="much")]}, "weight of word_count must be a"),
-        ({"rewards": [RewardSpec(word_count, arguments={"a": 1})]}, "is no class and takes no"),
+        ({"rewards": [RewardSpec(word_count, arguments={"a": 1})]}, "parameters of it"),
     ],
 )
 def test_faults_of_rewards_in_python_are_told_with_the_fix(options, message):
@@ -485,3 +485,59 @@ def test_what_is_no_reward_is_refused_with_what_may_stand_there(entry):
         GroupScoring([word_count], judges=[entry])
     with pytest.raises(TypeError, match="'weigth'; did you mean weight"):
         GroupScoring([{"function": word_count, "weigth": 1.0}])
+
+
+def echo(completions):
+    seen.extend(completions)
+    return [float(len(text)) for text in completions]
+
+
+seen = []
+
+
+def shown(sees, **options):
+    """Return what a scorer is shown of two groups, the second opened by its template."""
+    seen.clear()
+    written = ["<think>a</think> b", "c<|tool|>", "a</think>b", "c"]
+    plain = ["a b", "c", "ab", "c"]
+    batch = PromptBatch(
+        indices=[0, 1],
+        prompt_ids=[[1], [1]],
+        prompts=["q", "q"],
+        reference_answer_ids=[[2], [2]],
+        reference_answers=["<think>x</think>\ny", "z"],
+        columns=[{}, {}],
+        completions=Completions(
+            [[2]] * 4, plain, [False] * 4, 2, written=written,
+            prompt_ends=["assistant\n", "assistant\n<think>\n"],
+        ),
+    )  # fmt: skip
+    scoring = GroupScoring(rewards=[RewardSpec(echo)], comparison="raw", sees=sees, **options)
+    module = SimpleNamespace(
+        trains_on_groups=True,
+        needs_spread=True,
+        group_statistics="inside",
+        group_scale="population_std",
+    )
+    scoring.on_train_batch_start(trainer_at(0), module, batch, 0)
+    return list(seen)
+
+
+def test_scorers_see_special_tokens_and_the_tag_that_the_template_opened():
+    thoughts = ["<think>x</think>\ny", "z"]
+    opened = ["<think>\na</think>b", "<think>\nc"]
+    assert shown("written") == ["<think>a</think> b", "c<|tool|>", *opened, *thoughts]
+    assert shown("plain") == ["a b", "c", "ab", "c", *thoughts]
+
+
+def test_the_answer_is_what_stands_behind_a_thought_and_nothing_where_it_never_ended():
+    assert shown("answer") == ["b", "c", "b", "", "y", "z"]
+    others = shown("answer", thought_tags=["<reason>", "</reason>"])
+    assert others == ["a b", "c", "ab", "c", "<think>x</think>\ny", "z"]
+
+
+def test_what_scorers_may_see_is_told():
+    with pytest.raises(UserError, match=r"scoring\.sees must be one of .*got 'all'"):
+        GroupScoring(rewards=[echo], sees="all").faults().raise_if_any()
+    with pytest.raises(UserError, match=r"thought_tags must be the two texts .*got \['<think>'\]"):
+        GroupScoring(rewards=[echo], thought_tags=["<think>"]).faults().raise_if_any()

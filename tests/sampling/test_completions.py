@@ -185,3 +185,15 @@ def test_sampled_tokens_follow_the_models_softmax_of_logits_over_temperature(sha
         assert len(common) >= 4, "second tokens need enough draws behind several first ones"
         for token in common:
             assert pvalue([*prompt, token], second[first == token]) > 1e-4
+
+
+def test_a_text_as_written_keeps_special_tokens_but_the_one_that_ended_it(model):
+    """The tokenizer's special tokens are 0 to 3; those of its vocabulary are drawn in turn."""
+    found = completions(model, eos_ids=(3,), max_new_tokens=T)
+    inside = [row[:-1] if row[-1] == 3 else row for row in found.ids]
+    assert any({0, 1, 2} & set(row) for row in inside), "no special token was written"
+    assert any(row[-1] == 3 for row in found.ids), "none ended"
+    tokenizer = keyword_tokenizer()
+    assert found.written == [tokenizer.decode(row) for row in inside]
+    assert found.written != found.texts
+    assert found.prompt_ends == [tokenizer.decode(prompt) for prompt in PROMPTS]
