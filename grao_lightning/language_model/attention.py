@@ -184,7 +184,9 @@ class _TreeAttention(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Any, scale: float
     ) -> Tensor:
         repeats = query.shape[1] // key.shape[1]
-        output = torch.empty(query.shape, dtype=query.dtype)
+        # Laid out as the layer reads it, so that it is not kept twice for the backward pass.
+        output = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
+        output = output.transpose(1, 2)
         sums = []
         for segment in segments:
             prompt = slice(segment.start, segment.branches_start)
