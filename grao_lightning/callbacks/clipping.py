@@ -96,7 +96,7 @@ class ReferenceAwareClipping(NamedSettings, Callback):
                 model,
                 pl_module.rows(batch),
                 pl_module.micro_batch_tokens,
-                temperature=pl_module.logprob_temperature,
+                temperature=pl_module.training_temperature,
             )
         if self.outward_mask:
             batch.outward_limits = OutwardLimits(1 - self.eps_low, 1 + self.eps_high)

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from grao_lightning.batch import Completions, PromptBatch
 from grao_lightning.callbacks.phase import RareWarning, phase
+from grao_lightning.data.encoding import conversation_of, conversation_text
+from grao_lightning.data.turns import Message
 from grao_lightning.faults import Faults, NamedSettings, UserError
 from grao_lightning.metrics.outcomes import Estimate, compare
 from grao_lightning.metrics.step_statistics import StepStatistics
@@ -19,12 +21,15 @@ from grao_lightning.objectives.advantages import (
     standardised,
 )
 from grao_lightning.rewards.missing import MissingWindow
+from grao_lightning.rewards.probe import probe_arguments
 from grao_lightning.rewards.protocol import Rewards, RewardSpec, reward_specs, weighted_sum
 from grao_lightning.rewards.scorers import Scorers
 from grao_lightning.rewards.seen import Seen, opening, text_seen
 
 Comparison = Literal["pairwise", "raw"]
 Aggregation = Literal["raw", "normalized"]
+
+_PROBED = 2  # rows on which reward functions are tried
 
 
 class GroupScoring(NamedSettings, Callback):
@@ -93,6 +98,7 @@ class GroupScoring(NamedSettings, Callback):
         self._no_signal = RareWarning()
         self._missing = MissingWindow(missing_window, max_missing)
         self._in_validation = StepStatistics()
+        self._had_first_step = False
 
     @property
     def scores(self) -> bool:
@@ -137,10 +143,10 @@ class GroupScoring(NamedSettings, Callback):
         return self._scorers.held_out_accuracy
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Load the reward functions and fit those that learn from preference pairs.
+        """Load the reward functions, fit those that learn from preference pairs, try all once.
 
         Raises:
-            UserError: A function asks for a column that is not there, or cannot learn.
+            UserError: A function asks for a column that is not there, cannot learn, or fails.
         """
         if not pl_module.samples:
             return
@@ -153,6 +159,17 @@ class GroupScoring(NamedSettings, Callback):
                 faults.add(*self._answer_faults(split))
             faults.raise_if_any(where)
         self._scorers.learn(getattr(data, "preference_pairs", lambda split: ([], [], [])))
+        for split, rows in list(getattr(data, "examples", {}).items())[:1]:
+            few = rows[:_PROBED]
+            texts = [conversation_text(row.prompt) for row in few]
+            arguments = probe_arguments(
+                texts,
+                [_messages(text) for text in texts],
+                [row.reference_answer for row in few],
+                [row.columns for row in few],
+            )
+            faults = self._scorers.probe_faults(arguments, f"data.{split}")
+            faults.raise_if_any("in scoring.rewards")
 
     def _answer_faults(self, split: str) -> Faults:
         """Return what cannot be had of prompts alone."""
@@ -185,12 +202,19 @@ class GroupScoring(NamedSettings, Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: PromptBatch, batch_idx: int
     ) -> None:
-        """Stop a run whose rewards have been missing for too long.
+        """Stop a run whose rewards have been missing for too long, or from its first step on.
 
         Raises:
-            UserError: More than ``max_missing`` of the window's completions got no reward.
+            UserError: More than ``max_missing`` of the window's completions got no reward, or none
+                of the first step's.
         """
         share = pl_module.step_values.get("missing_rewards")  # over all ranks: they stop together
+        first, self._had_first_step = not self._had_first_step, True
+        if first and share == 1:
+            raise UserError(
+                "scoring.rewards must give rewards from the first step on; got none for any of its "
+                "completions: see the messages above, and mend the reward functions or the judge"
+            )
         mean = None if share is None else self._missing.exceeded_by(share)
         if mean is not None:
             raise UserError(
@@ -281,6 +305,8 @@ class GroupScoring(NamedSettings, Callback):
         """Return the scores of every function for every member, [F, B, G+1] float64."""
         arguments = _arguments(batch, completions)
         arguments["completions"] = self._seen(batch, completions)
+        if self._scorers.read_messages:
+            arguments["messages"] = [_messages(text) for text in arguments["prompts"]]
         number = len(batch) if batch.has_reference_answers else 0
         called = self._scorers.scores(specs, arguments, num_reference_answers=number)
         scores = torch.tensor(called, dtype=torch.double)
@@ -340,6 +366,12 @@ class GroupScoring(NamedSettings, Callback):
                 "missing): this step learns nothing; sample more completions, raise the "
                 "temperature or use a finer reward"
             )
+
+
+def _messages(prompt: str) -> list[Message]:
+    """Return a prompt as a conversation."""
+    turns = conversation_of(prompt)
+    return [{"role": "user", "content": turns}] if isinstance(turns, str) else turns
 
 
 def _total(scores: Tensor, specs: list[RewardSpec]) -> Tensor:

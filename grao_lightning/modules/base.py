@@ -55,7 +55,7 @@ class AlignmentSettings(StepSettings, total=False):
 
     policy: ModelSource
     reference_model: ModelSource | None
-    logprob_temperature: float
+    logprob_temperature: float | None
     ties_as: TiesAs
     gain: GainKind
 
@@ -73,7 +73,8 @@ class AlignmentModule(StepModule):
             of the policy before training; with ``lora`` the policy itself without what is trained),
             another source or, in Python, model, or null (none of these then).
         logprob_temperature: Divides the logits in training. 1 trains the policy itself, whatever
-            temperature samples it.
+            temperature samples it; null = the method's own choice: 1, and ``sampling.temperature``
+            where a ratio to the policy that sampled is taken (GRPO, PPO).
         ties_as: What a tie counts as in RAS: win, half or loss.
         gain: Which NAG: "net" (wins minus losses against the untrained base) or "wins".
         step_settings: The settings of `StepModule`.
@@ -90,7 +91,7 @@ class AlignmentModule(StepModule):
         self,
         policy: ModelSource = "embedded:keywords",
         reference_model: ModelSource | None = "policy",
-        logprob_temperature: float = 1.0,
+        logprob_temperature: float | None = None,
         ties_as: TiesAs = "loss",
         gain: GainKind = "net",
         **step_settings: Unpack[StepSettings],
@@ -111,6 +112,11 @@ class AlignmentModule(StepModule):
         #: What a method measures on the data's answers, without sampling.
         self.answer_metrics: MetricSet | None = None
         self._base_is_start = reference_model == "policy"
+
+    @property
+    def training_temperature(self) -> float:
+        """Return what divides the logits in training."""
+        return 1.0 if self.logprob_temperature is None else self.logprob_temperature
 
     @property
     def source(self) -> str:
@@ -168,8 +174,11 @@ class AlignmentModule(StepModule):
                 'frozen; got the same: say reference_model="policy" for a frozen copy'
             )
         faults.add(*super().faults())
-        if not self.logprob_temperature > 0:
-            faults.add(f"model.logprob_temperature must be > 0; got {self.logprob_temperature}")
+        if self.logprob_temperature is not None and not self.logprob_temperature > 0:
+            faults.add(
+                "model.logprob_temperature must be > 0, or null for the method's own choice; got "
+                f"{self.logprob_temperature}"
+            )
         return faults
 
     def configure_model(self) -> None:
@@ -305,7 +314,7 @@ class AlignmentModule(StepModule):
                 computed = token_logprobs(
                     self.policy,
                     [rows[number] for number in numbers],
-                    temperature=self.logprob_temperature,
+                    temperature=self.training_temperature,
                     weigh=weigh_for(numbers) if weighs else None,
                     weigh_rows=weigh_rows,
                     shares=None if balance is None else balance.shares(numbers),

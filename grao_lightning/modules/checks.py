@@ -48,6 +48,7 @@ def run_faults(trainer: Trainer, module: Any, data: Any, command: str | None) ->
     faults.add(*_trainer_faults(trainer, command))
     faults.add(*_offload_faults(trainer, module))
     faults.add(*_clipping_faults(trainer, module))
+    faults.add(_temperature_fault(trainer, module, command))
     faults.add(*_precision_faults(trainer, module))
     faults.add(_quantization_fault(trainer, module))
     faults.add(*_sharding_faults(trainer, module))
@@ -105,6 +106,18 @@ def _stage_faults(trainer: Trainer, module: Any) -> Faults:
         elif module.samples:  # else it has no part in the run
             faults.add(*callback.faults())
     return faults
+
+
+def _temperature_fault(trainer: Trainer, module: Any, command: str | None) -> str | None:
+    """Return that groups would hold the same completion many times."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    greedy = any(isinstance(part, GroupSampling) and part.temperature == 0 for part in callbacks)
+    if not greedy or not module.trains_on_groups or command != "fit":
+        return None
+    return (
+        "sampling.temperature must be > 0 where groups are trained on, or all completions of one "
+        "are the same and teach nothing; got 0: set it to 0.7 or so"
+    )
 
 
 def _clipping_faults(trainer: Trainer, module: Any) -> Faults:

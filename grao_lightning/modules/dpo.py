@@ -154,7 +154,7 @@ class DPOModule(AlignmentModule):
             self.reference_model,
             rows,
             self.micro_batch_tokens,
-            temperature=self.logprob_temperature,
+            temperature=self.training_temperature,
         )
 
     # -- validation --------------------------------------------------------------------------------
@@ -183,7 +183,7 @@ class DPOModule(AlignmentModule):
     def _sums(self, model: Any, rows: list[TokenRow]) -> Tensor:
         """Return a model's log-probability of each answer, [R] float64."""
         logprobs = frozen_logprobs(
-            model, rows, self.micro_batch_tokens, temperature=self.logprob_temperature
+            model, rows, self.micro_batch_tokens, temperature=self.training_temperature
         )
         return torch.stack([row.double().sum().cpu() for row in logprobs])
 

@@ -194,7 +194,7 @@ class PPOModule(RolloutModule):
         """Return log-probabilities and values of every row's tokens, without gradients."""
         logprobs, values = [torch.empty(0)] * len(rows), [torch.empty(0)] * len(rows)
         passes = frozen_passes(
-            self.policy, rows, self.micro_batch_tokens, temperature=self.logprob_temperature
+            self.policy, rows, self.micro_batch_tokens, temperature=self.training_temperature
         )
         for numbers, computed in passes:
             of_rows = self._values(computed).detach().split(computed.lengths)

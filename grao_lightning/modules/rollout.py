@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import Unpack
 
 from grao_lightning.batch import PromptBatch, TokenRow
+from grao_lightning.callbacks.sampling import GroupSampling
 from grao_lightning.faults import Faults
 from grao_lightning.language_model.head import Weigh, weigh_by_gradient
 from grao_lightning.language_model.logprobs import split_by_tokens
@@ -137,6 +139,31 @@ class RolloutModule(AlignmentModule):
         self.eps_low = eps_low
         self.eps_high = eps_high
         self.kl_weight = kl_weight
+
+    @property
+    def training_temperature(self) -> float:
+        """Return what divides the logits in training: by default what divided them in sampling."""
+        if self.logprob_temperature is not None:
+            return self.logprob_temperature
+        temperature = self._sampling_temperature
+        return 1.0 if temperature is None else temperature
+
+    @property
+    def _sampling_temperature(self) -> float | None:
+        callbacks: list[Any] = getattr(self._trainer, "callbacks", [])
+        found = (part.temperature for part in callbacks if isinstance(part, GroupSampling))
+        return next(found, None)
+
+    def on_fit_start(self) -> None:
+        """Say where the ratio is not that of the policy that samples."""
+        super().on_fit_start()
+        sampled = self._sampling_temperature
+        if self.logprob_temperature is not None and sampled not in (None, self.logprob_temperature):
+            rank_zero_warn(
+                f"model.logprob_temperature={self.logprob_temperature} is not sampling.temperature="
+                f"{sampled}: the ratio of {type(self).__name__} is then to a policy that did not "
+                "sample; set model.logprob_temperature to null"
+            )
 
     def setup(self, stage: str) -> None:
         """Check the run; of prompts without reference answers measure what can be measured."""

@@ -76,6 +76,6 @@ class SFTModule(AlignmentModule):
             model,
             self.rows(batch),
             self.micro_batch_tokens,
-            temperature=self.logprob_temperature,
+            temperature=self.training_temperature,
         )
         return torch.stack([-row.double().sum().cpu() for row in logprobs])

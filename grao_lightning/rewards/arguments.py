@@ -9,7 +9,7 @@ from typing import Any
 from grao_lightning.faults import UserError
 
 #: What every scorer is called with, as far as it names it.
-BUILT_IN = ("prompts", "completions", "reference_answers", "truncated")
+BUILT_IN = ("prompts", "completions", "reference_answers", "truncated", "messages")
 
 
 def name_of(function: Any) -> str:
@@ -70,6 +70,41 @@ class _WithArguments:
 
     def __call__(self, **given: Any) -> Any:
         return self.__wrapped__(**{**given, **self._arguments})
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "__wrapped__":  # while it is copied or unpickled, before it is made
+            raise AttributeError(name)
+        return getattr(self.__wrapped__, name)
+
+
+class AsMessages:
+    """Calls a function with conversations where it would get texts, as TRL's trainers do.
+
+    Args:
+        function: Gets as ``prompts`` lists of messages, as each of ``completions`` and
+            ``reference_answers`` a list of one message, the assistant's.
+    """
+
+    def __init__(self, function: Any) -> None:
+        self.__wrapped__ = function
+        self.__name__ = name_of(function)
+        signature = inspect.signature(function)
+        parameters = dict(signature.parameters)
+        if "prompts" in parameters:
+            prompts = parameters.pop("prompts").replace(name="messages")
+            parameters = {"messages": prompts, **parameters}
+        self.__signature__ = signature.replace(
+            parameters=sorted(parameters.values(), key=lambda one: one.kind)
+        )
+
+    def __call__(self, **given: Any) -> Any:
+        messages = given.pop("messages", None)
+        if messages is not None:
+            given["prompts"] = messages
+        for name in ("completions", "reference_answers"):
+            if name in given:
+                given[name] = [[{"role": "assistant", "content": text}] for text in given[name]]
+        return self.__wrapped__(**given)
 
     def __getattr__(self, name: str) -> Any:
         if name == "__wrapped__":  # while it is copied or unpickled, before it is made

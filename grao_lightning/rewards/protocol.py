@@ -4,12 +4,14 @@ A scorer is any callable, sync or async, that takes by keyword those it names of
 
     prompts: list[str], completions: list[str], reference_answers: list[str],
     truncated: list[bool]   (the length limit ended the completion)
+    messages: list[list[Message]]   (the prompts as conversations)
 
 and of the dataset's other columns, each a list as long as the others. Where the data has prompts
 alone, there are no reference_answers: they are not passed, and a scorer that cannot do without is
 refused before training. It returns one number a
 completion in its own unit, higher = better, with None or NaN for "missing". It is called with the
-completions of a whole batch at once. What it may tell of itself, as attributes:
+completions of a whole batch at once; where that raises an exception, with each by itself, and those
+for which it still does are missing. What it may tell of itself, as attributes:
 
     unit: str                     of its scores, such as "log-odds"; for people
     range: tuple[float, float]    closed bounds of its scores; one outside is refused
@@ -26,24 +28,24 @@ with them each time, and they hide columns of their names. If instances have a m
 ``fit(prompts, chosen, rejected)``, it is called once, on the train split's preference pairs.
 """
 
-import asyncio
 import inspect
 import math
 import re
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from typing_extensions import final
 
 from grao_lightning.faults import NamedSettings, UserError
-from grao_lightning.rewards.arguments import BUILT_IN, name_of, with_arguments
+from grao_lightning.rewards.arguments import BUILT_IN, AsMessages, name_of, with_arguments
+from grao_lightning.rewards.calling import Failed, call_all, call_one_by_one
 from grao_lightning.rewards.importing import load_object
 
 RewardFunction = Callable[..., Any]
+TextFormat = Literal["text", "messages"]
 _TOLD = (TypeError, ValueError, ImportError)  # their message says it all
 
 if TYPE_CHECKING:
@@ -64,12 +66,15 @@ class RewardSpec(NamedSettings):
         weight: Factor of its scores in the sum.
         name: Its name in logs; by default that of the function.
         arguments: Arguments of the class, or of every call of a function.
+        format: "messages": it reads conversations as TRL's reward functions may: ``prompts`` are
+            lists of messages, ``completions`` lists of one, the assistant's; "text": texts.
     """
 
     function: FunctionSource
     weight: float = 1.0
     name: str | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
+    format: TextFormat = "text"
 
     @property
     def label(self) -> str:
@@ -86,6 +91,15 @@ class RewardSpec(NamedSettings):
         Raises:
             UserError: The path cannot be imported or its arguments do not fit.
         """
+        if self.format not in get_args(TextFormat):
+            raise UserError(
+                f"scoring.rewards: format of {self.label} must be one of "
+                f"{', '.join(get_args(TextFormat))}; got {self.format!r}"
+            )
+        function = self._callable()
+        return AsMessages(function) if self.format == "messages" else function
+
+    def _callable(self) -> RewardFunction:
         function: Any = self.function
         if isinstance(function, str):
             try:
@@ -165,6 +179,7 @@ def call_rewards(
     arguments: dict[str, list[Any]],
     *,
     num_reference_answers: int = 0,
+    failed: Failed | None = None,
 ) -> list[list[float]]:
     """Return the scores of every scorer, NaN for missing; async ones run beside the others.
 
@@ -174,6 +189,8 @@ def call_rewards(
             dataset's other columns, each a list of equal length n.
         num_reference_answers: How many of the n, the last ones, are the reference answers
             themselves. Pairwise scorers are not called with those and give them 0.
+        failed: Told of every text for which a scorer raises an exception when it is called with
+            that one alone; its score is missing. None: what is raised is raised.
 
     Returns:
         One list of n floats a scorer.
@@ -185,27 +202,22 @@ def call_rewards(
     number = len(arguments["completions"])
     compared = number - num_reference_answers
 
-    def call(function: RewardFunction) -> Any:
-        chosen = _wanted(function, arguments)
+    def chosen(function: RewardFunction) -> dict[str, list[Any]]:
+        wanted = _wanted(function, arguments)
         if is_pairwise(function):
-            chosen = {name: values[:compared] for name, values in chosen.items()}
-        return function(**chosen)
+            wanted = {name: values[:compared] for name, values in wanted.items()}
+        return wanted
 
-    # A thread of its own: the caller may sit in a running event loop, as in a notebook.
-    with ThreadPoolExecutor(max_workers=1) as executor:
-
-        def awaited(started: dict[int, Any]) -> Future[dict[int, Any]]:
-            return executor.submit(asyncio.run, _gathered(started))
-
-        asynchronous = {at for at, function in enumerate(functions) if _is_async(function)}
-        beside = awaited({at: call(functions[at]) for at in asynchronous})
-        found = {at: call(functions[at]) for at in range(len(functions)) if at not in asynchronous}
-        late = {at: result for at, result in found.items() if inspect.isawaitable(result)}
-        found |= awaited(late).result() | beside.result()
+    calls = [(function, chosen(function)) for function in functions]
+    found = call_all(calls)
     scores = []
-    for at, function in enumerate(functions):
+    for (function, asked), result in zip(calls, found, strict=True):
+        if isinstance(result, Exception):
+            if failed is None or isinstance(result, UserError):
+                raise result
+            result = call_one_by_one(function, asked, failed)
         own = [0.0] * num_reference_answers if is_pairwise(function) else []
-        scores.append(_checked(function, found[at], number - len(own)) + own)
+        scores.append(_checked(function, result, number - len(own)) + own)
     return scores
 
 
@@ -292,17 +304,6 @@ def _wanted(function: RewardFunction, arguments: dict[str, list[Any]]) -> dict[s
         for name in inspect.signature(function).parameters
         if name in arguments
     }
-
-
-def _is_async(function: RewardFunction) -> bool:
-    function = inspect.unwrap(function)
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
-        getattr(function, "__call__", None)  # noqa: B004
-    )
-
-
-async def _gathered(started: dict[int, Awaitable[Any]]) -> dict[int, Any]:
-    return dict(zip(started, await asyncio.gather(*started.values()), strict=True))
 
 
 def _checked(function: RewardFunction, scores: Iterable[Any], number: int) -> list[float]:

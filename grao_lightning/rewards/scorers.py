@@ -1,12 +1,15 @@
 """The scorers of a run: made once, checked before anything loads, taught, and called."""
 
 import logging
+import traceback
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from grao_lightning.faults import Faults, UserError
 from grao_lightning.metrics.outcomes import Estimate
 from grao_lightning.rewards.preference import length_alone
+from grao_lightning.rewards.probe import is_probed, probe_fault
 from grao_lightning.rewards.protocol import (
     RewardFunction,
     RewardSpec,
@@ -17,6 +20,8 @@ from grao_lightning.rewards.protocol import (
 )
 
 log = logging.getLogger(__name__)
+
+_TOLD_FAILURES = {10**power for power in range(9)}
 
 PairsOf = Callable[[str], tuple[list[str], list[str], list[str]]]  # split -> prompts and answers
 
@@ -35,6 +40,7 @@ class Scorers:
     def __init__(self, specs: Sequence[RewardSpec]) -> None:
         self._specs = list(specs)
         self._functions: dict[str, RewardFunction] = {}
+        self._failures: Counter[str] = Counter()
         self.held_out_accuracy: dict[str, Estimate] = {}
 
     def faults(self) -> Faults:
@@ -84,6 +90,20 @@ class Scorers:
             if hasattr(function, "fit") and spec.label not in self.held_out_accuracy:
                 self._teach(spec.label, function, pairs_of)
 
+    def probe_faults(self, arguments: dict[str, list[Any]], where: str) -> Faults:
+        """Return which of the user's own functions fail on a few rows, see `probe_fault`."""
+        faults = Faults()
+        for spec in self._specs:
+            function = self._function(spec)
+            if is_probed(function):
+                faults.add(probe_fault(spec.label, function, arguments, where))
+        return faults
+
+    @property
+    def read_messages(self) -> bool:
+        """Return whether any reads conversations."""
+        return any(spec.format == "messages" for spec in self._specs)
+
     def scores(
         self,
         specs: Sequence[RewardSpec],
@@ -92,7 +112,29 @@ class Scorers:
     ) -> list[list[float]]:
         """Return the scores of some scorers, see `call_rewards`."""
         functions = [self._function(spec) for spec in specs]
-        return call_rewards(functions, arguments, num_reference_answers=num_reference_answers)
+        labels = {id(function): spec.label for function, spec in zip(functions, specs, strict=True)}
+
+        def failed(function: RewardFunction, text: str, error: Exception) -> None:
+            self._note_failure(labels[id(function)], text, error)
+
+        return call_rewards(
+            functions, arguments, num_reference_answers=num_reference_answers, failed=failed
+        )
+
+    def _note_failure(self, label: str, text: str, error: Exception) -> None:
+        """Tell of the first exception of a scorer, and of the tenth, the hundredth and so on."""
+        self._failures[label] += 1
+        number = self._failures[label]
+        if number not in _TOLD_FAILURES:
+            return
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        log.warning(
+            "%s raised an exception for %d texts so far, whose rewards are missing (the others of "
+            "their batches are scored one by one); at %s, line %s: %s: %s; the text: %.200r",
+            label,
+            number,
+            *(frame.filename, frame.lineno, type(error).__name__, error, text),
+        )
 
     def statistics(self, specs: Sequence[RewardSpec]) -> dict[str, tuple[float, float | None]]:
         """Return what some scorers tell of themselves, see `scorer_statistics`."""

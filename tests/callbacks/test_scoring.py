@@ -1,15 +1,18 @@
 """Groups scored against their reference answers."""
 
 import math
+import random
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from grao_lightning import GRAOModule
 from grao_lightning.batch import Completions, PromptBatch
 from grao_lightning.callbacks.checkpoint import LastCheckpoint
 from grao_lightning.callbacks.scoring import GroupScoring
+from grao_lightning.data.example import Example
 from grao_lightning.faults import UserError
 from grao_lightning.objectives.advantages import group_advantages
 from grao_lightning.rewards.protocol import RewardSpec
@@ -333,7 +336,7 @@ def outage(monkeypatch):
     """Set when the scorer is down, by the number of its call; one call a step."""
 
     def during(calls):
-        monkeypatch.setattr(Outage, "calls", 0)
+        monkeypatch.setattr(Outage, "calls", -1)  # the first call is a trial
         monkeypatch.setattr(Outage, "during", calls)
         return {
             "rewards": [RewardSpec(f"{HERE}.Outage")],
@@ -541,3 +544,67 @@ def test_what_scorers_may_see_is_told():
         GroupScoring(rewards=[echo], sees="all").faults().raise_if_any()
     with pytest.raises(UserError, match=r"thought_tags must be the two texts .*got \['<think>'\]"):
         GroupScoring(rewards=[echo], thought_tags=["<think>"]).faults().raise_if_any()
+
+
+def conversational(prompts, completions, **columns):
+    return [float(len(prompt[-1]["content"]) + len(one[0]["content"]))
+            for prompt, one in zip(prompts, completions, strict=True)]  # fmt: skip
+
+
+def broken(completions):
+    raise KeyError("no such thing")
+
+
+def fussy(completions):
+    return [1.0]
+
+
+def nothing(completions):
+    return [None] * len(completions)
+
+
+@pytest.mark.parametrize(
+    ("function", "told"),
+    [
+        (conversational, r"conversational fails on the first rows of data.train: "
+         r".*test_scoring.py, line \d+: TypeError: "
+         ".*it reads conversations, as TRL's may: add format: messages"),
+        (broken, r"broken fails .*KeyError: 'no such thing'; completions .* lists of texts"),
+        (fussy, r"fussy fails .*one score a completion: got 1 for 2"),
+    ],
+)  # fmt: skip
+def test_a_reward_function_that_fails_is_told_before_a_model_loads(function, told, tmp_path):
+    module = GRAOModule()
+    with pytest.raises(UserError, match=told):
+        fit(tmp_path, module=module, callbacks=stages(scoring={"rewards": [function]}))
+    assert module.policy is None
+
+
+def test_a_function_may_read_conversations(tmp_path):
+    spec = RewardSpec(conversational, format="messages")
+    module = fit(tmp_path, callbacks=stages(scoring={"rewards": [spec]}), max_steps=1)
+    assert module.trainer.callback_metrics["train/missing_rewards"] == 0
+
+
+def test_a_trial_leaves_the_random_numbers_of_the_run_alone(tmp_path):
+    def guessing(completions):
+        return [random.random() + torch.rand(()).item() for _ in completions]
+
+    def state():
+        return random.getstate(), torch.get_rng_state().tolist()
+
+    scoring = GroupScoring(rewards=[guessing], comparison="raw")
+    rows = [Example("p", "a", None, {})] * 3
+    trainer = SimpleNamespace(
+        datamodule=SimpleNamespace(
+            examples={"train": rows}, has_reference_answers=lambda split: True
+        )
+    )
+    before = state()
+    scoring.setup(trainer, SimpleNamespace(samples=True), "fit")
+    assert state() == before
+
+
+def test_a_first_step_without_any_reward_ends_the_run(tmp_path):
+    with pytest.raises(UserError, match="must give rewards from the first step on; got none"):
+        fit(tmp_path, callbacks=stages(scoring={"rewards": [nothing]}))
