@@ -270,13 +270,6 @@ def _deal_out(setting: str, adapters: Adapters) -> Adapters:
             "peft forms their weights anew from whole ones; name the attention's modules, such as "
             "[q_proj, k_proj, v_proj, o_proj], or use ddp"
         )
-    for layer in layers:
-        base, own = layer.get_base_layer(), layer.lora_A[_OWN].in_features
-        if getattr(base, "in_features", own) != own:
-            raise UserError(
-                f"{setting}: peft takes parts of weights for whole ones where there are several "
-                "copies of the model; set trainer.strategy.replicas to 1"
-            )
     for name in (_OWN, START) if adapters.start else (_OWN,):
         pairs = [(layer.lora_A[name], layer.lora_B[name]) for layer in layers]
         shards.shard_within([part for pair in pairs for part in pair])

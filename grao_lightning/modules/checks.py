@@ -211,6 +211,11 @@ def _sharding_faults(trainer: Trainer, module: Any) -> Faults:
             f"to deal out {module.lora.quantize} weights rightly; got {module.lora.quantize}: use "
             "ddp, or remove it"
         )
+    if module.lora is not None and trainer.strategy.replicas > 1:
+        faults.add(
+            "trainer.strategy.replicas must be 1 with model.lora: peft takes parts of weights for "
+            f"whole ones where there are several copies; got {trainer.strategy.replicas}"
+        )
     for name, source in module.sources.items():
         if not isinstance(source, str | None):
             faults.add(

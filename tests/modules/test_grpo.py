@@ -45,7 +45,7 @@ class FixedSampling(GroupSampling):
     """Gives the fixed completions and keeps the prompts of every step."""
 
     def __init__(self) -> None:
-        super().__init__(group_size=GROUP_SIZE, max_new_tokens=LIMIT)
+        super().__init__(group_size=GROUP_SIZE, max_new_tokens=LIMIT, temperature=1.0)
         self.prompts: list[list[list[int]]] = []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:

@@ -187,7 +187,7 @@ def test_dpo_takes_the_gradient_of_its_loss_on_plain_logits(tmp_path, kind):
 def test_ppo_takes_the_gradient_written_out_token_by_token(tmp_path):
     """First update: ratios are 1 and values the old ones, so their bounds do not bind."""
     settings = {"kl_weight": 0.05, "value_weight": 0.7, "discount": 0.9, "trace": 0.8}
-    module = PPOModule(policy="embedded:keywords-weak", **settings)
+    module = PPOModule(policy="embedded:keywords-weak", logprob_temperature=1.0, **settings)
     module, grab = one_step(tmp_path, module)
     scores = grab.batch.compared[:, :-1].flatten()
     advantages, returns, logprobs, values = [], [], [], []
@@ -285,7 +285,8 @@ def test_grpo_takes_no_gradient_from_completions_cut_off_where_it_shall_not(tmp_
     options = {"aggregation": "tokens", "mask_truncated_completions": True, "weight_decay": 0.0}
     module = GRPOModule(policy="embedded:keywords-weak", **options)
     grab = Grab()
-    callbacks = [*stages({"max_new_tokens": 7}, clipping={"max_norm": 1e9}), grab]
+    sampling = {"max_new_tokens": 7, "temperature": 1.0}
+    callbacks = [*stages(sampling, clipping={"max_norm": 1e9}), grab]
     fit(tmp_path, module=module, callbacks=callbacks, max_steps=1, precision="64-true")
     batch = grab.batch
     assert batch.completions.max_tokens == 7

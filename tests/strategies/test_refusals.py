@@ -6,6 +6,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from grao_lightning import DPOModule, GRAOModule, PromptDataModule, ShardedStrategy
 from grao_lightning.data.sampler import even_batches
 from grao_lightning.faults import UserError
+from grao_lightning.language_model.lora import LoRA
 from grao_lightning.modules.checks import run_faults
 from tests.conftest import tiny_model
 from tests.runs import stages, trainer
@@ -31,9 +32,14 @@ def test_the_name_of_the_strategy_is_known_and_faultless(tmp_path):
         ),
         (None, {"precision": "16-true"}, "trainer.precision must be one of 32-true, 64-true, bf16"),
         (None, {"strategy": ShardedStrategy(replicas=2)}, "replicas must divide the 1 devices"),
+        (
+            GRAOModule(lora=LoRA()),
+            {"strategy": ShardedStrategy(replicas=2), "devices": 4},
+            "trainer.strategy.replicas must be 1 with model.lora: .*got 2",
+        ),
         (None, {"strategy": ModelParallelStrategy()}, "must be auto, ddp or fsdp2.*use fsdp2"),
     ],
-    ids=["masters", "float16", "copies", "Lightning's own"],
+    ids=["masters", "float16", "copies", "copies of adapters", "Lightning's own"],
 )
 def test_settings_that_do_not_go_with_it_are_refused_with_the_fix(tmp_path, module, options, told):
     if module is not None:

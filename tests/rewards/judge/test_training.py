@@ -62,7 +62,9 @@ def watched(tmp_path, outages: set[int], **scoring) -> Watch:
                 data={"prompts_per_step": 2},
                 callbacks=[
                     watch,
-                    *stages(scoring={"rewards": [spec], "comparison": "raw", **scoring}),
+                    *stages(
+                        scoring={"rewards": [spec], "comparison": "raw", "sees": "plain", **scoring}
+                    ),
                 ],
             )
         except UserError as error:
