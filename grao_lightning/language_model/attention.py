@@ -184,9 +184,7 @@ class _TreeAttention(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Any, scale: float
     ) -> Tensor:
         repeats = query.shape[1] // key.shape[1]
-        # Laid out as the layer reads it, so that it is not kept twice for the backward pass.
-        output = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
-        output = output.transpose(1, 2)
+        output = torch.empty(query.shape, dtype=query.dtype)
         sums = []
         for segment in segments:
             prompt = slice(segment.start, segment.branches_start)
