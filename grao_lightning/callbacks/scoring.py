@@ -9,8 +9,7 @@ from torch import Tensor
 
 from grao_lightning.batch import Completions, PromptBatch
 from grao_lightning.callbacks.phase import RareWarning, phase
-from grao_lightning.data.encoding import conversation_of, conversation_text
-from grao_lightning.data.turns import Message
+from grao_lightning.data.encoding import conversation_text
 from grao_lightning.faults import Faults, NamedSettings, UserError
 from grao_lightning.metrics.outcomes import Estimate, compare
 from grao_lightning.metrics.step_statistics import StepStatistics
@@ -21,9 +20,8 @@ from grao_lightning.objectives.advantages import (
     standardised,
 )
 from grao_lightning.rewards.missing import MissingWindow
-from grao_lightning.rewards.probe import probe_arguments
 from grao_lightning.rewards.protocol import Rewards, RewardSpec, reward_specs, weighted_sum
-from grao_lightning.rewards.scorers import Scorers
+from grao_lightning.rewards.scorers import Scorers, scorer_arguments
 from grao_lightning.rewards.seen import Seen, opening, text_seen
 
 Comparison = Literal["pairwise", "raw"]
@@ -161,11 +159,12 @@ class GroupScoring(NamedSettings, Callback):
         self._scorers.learn(getattr(data, "preference_pairs", lambda split: ([], [], [])))
         for split, rows in list(getattr(data, "examples", {}).items())[:1]:
             few = rows[:_PROBED]
-            texts = [conversation_text(row.prompt) for row in few]
-            arguments = probe_arguments(
-                texts,
-                [_messages(text) for text in texts],
-                [row.reference_answer for row in few],
+            answers = [row.reference_answer for row in few]
+            arguments = scorer_arguments(
+                [conversation_text(row.prompt) for row in few],
+                [answer or "An answer." for answer in answers],
+                answers if data.has_reference_answers(split) else None,
+                [False] * len(few),
                 [row.columns for row in few],
             )
             faults = self._scorers.probe_faults(arguments, f"data.{split}")
@@ -303,10 +302,7 @@ class GroupScoring(NamedSettings, Callback):
         self, batch: PromptBatch, completions: Completions, specs: list[RewardSpec]
     ) -> Tensor:
         """Return the scores of every function for every member, [F, B, G+1] float64."""
-        arguments = _arguments(batch, completions)
-        arguments["completions"] = self._seen(batch, completions)
-        if self._scorers.read_messages:
-            arguments["messages"] = [_messages(text) for text in arguments["prompts"]]
+        arguments = _arguments(batch, completions, self._seen(batch, completions))
         number = len(batch) if batch.has_reference_answers else 0
         called = self._scorers.scores(specs, arguments, num_reference_answers=number)
         scores = torch.tensor(called, dtype=torch.double)
@@ -368,29 +364,30 @@ class GroupScoring(NamedSettings, Callback):
             )
 
 
-def _messages(prompt: str) -> list[Message]:
-    """Return a prompt as a conversation."""
-    turns = conversation_of(prompt)
-    return [{"role": "user", "content": turns}] if isinstance(turns, str) else turns
-
-
 def _total(scores: Tensor, specs: list[RewardSpec]) -> Tensor:
     return weighted_sum(scores, [spec.weight for spec in specs])
 
 
-def _arguments(batch: PromptBatch, completions: Completions) -> dict[str, list[Any]]:
-    """Return what reward functions are called with: the completions, then the reference answers."""
+def _arguments(
+    batch: PromptBatch, completions: Completions, seen: list[str]
+) -> dict[str, list[Any]]:
+    """Return what reward functions are called with: the completions, then the reference answers.
+
+    Args:
+        batch: Of prompts.
+        completions: To score.
+        seen: The texts of both, as scorers see them.
+    """
     owners = [number // completions.group_size for number in range(len(completions.ids))]
     answers = batch.reference_answers if batch.has_reference_answers else []
     owners += range(len(answers))
-    columns = {name for row in batch.columns for name in row}
-    return {
-        **{name: [batch.columns[owner].get(name) for owner in owners] for name in sorted(columns)},
-        "prompts": [batch.prompts[owner] for owner in owners],
-        "completions": completions.texts + answers,
-        **({"reference_answers": [answers[owner] for owner in owners]} if answers else {}),
-        "truncated": completions.truncated + [False] * len(answers),
-    }
+    return scorer_arguments(
+        [batch.prompts[owner] for owner in owners],
+        seen,
+        [answers[owner] for owner in owners] if answers else None,
+        completions.truncated + [False] * len(answers),
+        [batch.columns[owner] for owner in owners],
+    )
 
 
 def _population_std(rewards: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Callables with some of their arguments given by the config."""
+"""Callables as scorers are called: with arguments of the config, or with conversations."""
 
 import difflib
 import inspect
@@ -6,16 +6,28 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+from grao_lightning.data.encoding import conversation_of
+from grao_lightning.data.turns import Message
 from grao_lightning.faults import UserError
 
 #: What every scorer is called with, as far as it names it.
-BUILT_IN = ("prompts", "completions", "reference_answers", "truncated", "messages")
+BUILT_IN = ("prompts", "completions", "reference_answers", "truncated")
+
+
+def innermost(function: Any) -> Any:
+    """Return the callable below partials and the wrappers of this file."""
+    while True:
+        if isinstance(function, partial):
+            function = function.func
+        elif isinstance(function, _Wrapped):
+            function = function.__wrapped__
+        else:
+            return function
 
 
 def name_of(function: Any) -> str:
     """Return the name of a callable, of a partial that of its function."""
-    while isinstance(function, partial):
-        function = function.func
+    function = innermost(function)
     name: str = getattr(function, "__name__", type(function).__name__)
     return name.strip("<>")  # as of a lambda
 
@@ -57,19 +69,12 @@ def with_arguments(function: Any, arguments: Mapping[str, Any], label: str) -> A
     return _WithArguments(function, dict(arguments))
 
 
-class _WithArguments:
-    """Calls a function with further arguments, and is like it in everything else."""
+class _Wrapped:
+    """Is like the callable it wraps in everything but how that is called."""
 
-    def __init__(self, function: Any, arguments: dict[str, Any]) -> None:
+    def __init__(self, function: Any) -> None:
         self.__wrapped__ = function
-        self._arguments = arguments
-        signature = inspect.signature(function)
-        rest = [one for name, one in signature.parameters.items() if name not in arguments]
-        self.__signature__ = signature.replace(parameters=rest)
         self.__name__ = name_of(function)
-
-    def __call__(self, **given: Any) -> Any:
-        return self.__wrapped__(**{**given, **self._arguments})
 
     def __getattr__(self, name: str) -> Any:
         if name == "__wrapped__":  # while it is copied or unpickled, before it is made
@@ -77,7 +82,21 @@ class _WithArguments:
         return getattr(self.__wrapped__, name)
 
 
-class AsMessages:
+class _WithArguments(_Wrapped):
+    """Calls a function with further arguments."""
+
+    def __init__(self, function: Any, arguments: dict[str, Any]) -> None:
+        super().__init__(function)
+        self._arguments = arguments
+        signature = inspect.signature(function)
+        rest = [one for name, one in signature.parameters.items() if name not in arguments]
+        self.__signature__ = signature.replace(parameters=rest)
+
+    def __call__(self, **given: Any) -> Any:
+        return self.__wrapped__(**{**given, **self._arguments})
+
+
+class AsMessages(_Wrapped):
     """Calls a function with conversations where it would get texts, as TRL's trainers do.
 
     Args:
@@ -85,28 +104,15 @@ class AsMessages:
             ``reference_answers`` a list of one message, the assistant's.
     """
 
-    def __init__(self, function: Any) -> None:
-        self.__wrapped__ = function
-        self.__name__ = name_of(function)
-        signature = inspect.signature(function)
-        parameters = dict(signature.parameters)
-        if "prompts" in parameters:
-            prompts = parameters.pop("prompts").replace(name="messages")
-            parameters = {"messages": prompts, **parameters}
-        self.__signature__ = signature.replace(
-            parameters=sorted(parameters.values(), key=lambda one: one.kind)
-        )
-
     def __call__(self, **given: Any) -> Any:
-        messages = given.pop("messages", None)
-        if messages is not None:
-            given["prompts"] = messages
+        if "prompts" in given:
+            given["prompts"] = [_conversation(text) for text in given["prompts"]]
         for name in ("completions", "reference_answers"):
             if name in given:
                 given[name] = [[{"role": "assistant", "content": text}] for text in given[name]]
         return self.__wrapped__(**given)
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "__wrapped__":  # while it is copied or unpickled, before it is made
-            raise AttributeError(name)
-        return getattr(self.__wrapped__, name)
+
+def _conversation(prompt: str) -> list[Message]:
+    turns = conversation_of(prompt)
+    return [{"role": "user", "content": turns}] if isinstance(turns, str) else turns

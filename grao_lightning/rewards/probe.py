@@ -1,15 +1,12 @@
 """Every reward function of the user's is tried on two rows before a model loads."""
 
-import inspect
 import traceback
-from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from grao_lightning.faults import UserError
-from grao_lightning.rewards.arguments import AsMessages
+from grao_lightning.rewards.arguments import AsMessages, innermost
 from grao_lightning.rewards.protocol import RewardFunction, call_rewards
 
 _PACKAGE = __name__.partition(".")[0]
@@ -17,9 +14,7 @@ _PACKAGE = __name__.partition(".")[0]
 
 def is_probed(function: RewardFunction) -> bool:
     """Return whether a scorer is tried: ours are not, which may load models or ask judges."""
-    inner: Any = inspect.unwrap(function)
-    while isinstance(inner, partial):
-        inner = inner.func
+    inner = innermost(function)
     own = inner if hasattr(inner, "__name__") else type(inner)
     module = getattr(own, "__module__", "") or ""
     return module.partition(".")[0] != _PACKAGE
@@ -58,29 +53,3 @@ def _raised(function: RewardFunction, arguments: dict[str, list[Any]]) -> Except
     if hasattr(function, "statistics"):
         function.statistics()  # what it tells of itself is about the run
     return None
-
-
-def probe_arguments(
-    prompts: Sequence[str],
-    messages: Sequence[Any],
-    answers: Sequence[str | None],
-    columns: Sequence[dict[str, Any]],
-) -> dict[str, list[Any]]:
-    """Return what scorers are called with on a few rows, the reference answers as completions.
-
-    Args:
-        prompts: As texts.
-        messages: As conversations.
-        answers: Reference answers; where there are none, "An answer." is scored.
-        columns: The dataset's others.
-    """
-    known = all(answer is not None for answer in answers)
-    names = {name for row in columns for name in row}
-    return {
-        **{name: [row.get(name) for row in columns] for name in sorted(names)},
-        "prompts": list(prompts),
-        "messages": list(messages),
-        "completions": [answer or "An answer." for answer in answers],
-        **({"reference_answers": list(answers)} if known else {}),
-        "truncated": [False] * len(answers),
-    }

@@ -4,7 +4,6 @@ A scorer is any callable, sync or async, that takes by keyword those it names of
 
     prompts: list[str], completions: list[str], reference_answers: list[str],
     truncated: list[bool]   (the length limit ended the completion)
-    messages: list[list[Message]]   (the prompts as conversations)
 
 and of the dataset's other columns, each a list as long as the others. Where the data has prompts
 alone, there are no reference_answers: they are not passed, and a scorer that cannot do without is

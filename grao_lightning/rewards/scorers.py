@@ -3,7 +3,7 @@
 import logging
 import traceback
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from grao_lightning.faults import Faults, UserError
@@ -99,11 +99,6 @@ class Scorers:
                 faults.add(probe_fault(spec.label, function, arguments, where))
         return faults
 
-    @property
-    def read_messages(self) -> bool:
-        """Return whether any reads conversations."""
-        return any(spec.format == "messages" for spec in self._specs)
-
     def scores(
         self,
         specs: Sequence[RewardSpec],
@@ -166,3 +161,29 @@ class Scorers:
                 len(held_out[0]),
             )
             self.held_out_accuracy["length alone"] = length_alone(pairs[1:], held_out[1:])
+
+
+def scorer_arguments(
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    reference_answers: Sequence[str] | None,
+    truncated: Sequence[bool],
+    columns: Sequence[Mapping[str, Any]],
+) -> dict[str, list[Any]]:
+    """Return what scorers are called with, see `call_rewards`; one value of each a text.
+
+    Args:
+        prompts: As texts.
+        completions: To be scored.
+        reference_answers: To the same prompts; None: there are none.
+        truncated: Whether the length limit ended a completion.
+        columns: The dataset's others; a row that lacks one has None.
+    """
+    names = sorted({name for row in columns for name in row})
+    return {
+        **{name: [row.get(name) for row in columns] for name in names},
+        "prompts": list(prompts),
+        "completions": list(completions),
+        **({} if reference_answers is None else {"reference_answers": list(reference_answers)}),
+        "truncated": list(truncated),
+    }
