@@ -20,7 +20,8 @@ _LABELS: dict[bool | float | str, bool] = {
 
 def are_labels(values: Sequence[Any]) -> bool:
     """Returns whether a column says of each answer that it is good or bad, or nothing of some."""
-    return all(_is_missing(value) or _is_label(value) for value in values)
+    said = [value for value in values if not _is_missing(value)]
+    return bool(said) and all(map(_is_label, said))
 
 
 def is_good(value: Any) -> bool | None:

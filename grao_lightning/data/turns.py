@@ -84,11 +84,11 @@ def _message(message: Any, oddities: set[str]) -> Message:
     if not isinstance(message, Mapping):
         raise DropError(NO_MESSAGE)
     role, content = _first(message, "role", "from"), _first(message, "content", "value")
-    if message.get("tool_calls") or role in _TOOL_ROLES:
+    if message.get("tool_calls") or (isinstance(role, str) and role in _TOOL_ROLES):
         raise DropError(TOOLS)
     if role is None or not {"content", "value"} & set(message):
         raise DropError(NO_MESSAGE)
-    if role not in _ROLES:
+    if not isinstance(role, str) or role not in _ROLES:
         raise DropError(UNKNOWN_ROLE)
     if message.get("reasoning_content"):
         oddities.add(REASONING)

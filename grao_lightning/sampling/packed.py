@@ -86,7 +86,7 @@ def _adapted_product(layer: Any) -> Product | None:
         return None
     down, up = adapter
     if _precision(base.weight) == torch.float32:
-        return product_with(torch.addmm(base.weight.float(), up, down), base.bias)
+        return product_with(torch.addmm(base.weight, up, down), base.bias)
     whole = product_with(base.weight, base.bias)
 
     def product(x: Tensor) -> Tensor:

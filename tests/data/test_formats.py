@@ -195,6 +195,7 @@ def test_no_rows_are_refused():
         ([{"role": "user"}], turns.NO_MESSAGE),
         ([{"content": "x"}], turns.NO_MESSAGE),
         ([{"role": "narrator", "content": "x"}], turns.UNKNOWN_ROLE),
+        ([{"role": ["user"], "content": "x"}], turns.UNKNOWN_ROLE),
         ([{"role": "tool", "content": "x"}], turns.TOOLS),
         ([{"role": "assistant", "content": None, "tool_calls": [{}]}], turns.TOOLS),
         ([{"role": "user", "content": [{"type": "image"}]}], turns.NOT_TEXT),

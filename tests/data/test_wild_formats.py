@@ -161,6 +161,12 @@ def test_a_label_that_judges_is_no_column_and_another_one_is():
     assert parse_rows(rows)[0][0].columns == {"label": "sports"}
 
 
+def test_a_label_that_no_row_has_judges_nothing():
+    rows = [{"prompt": "p", "completion": "a", "label": None}] * 2
+    examples, report = parse_rows(rows)
+    assert len(examples) == 2 and not report.dropped
+
+
 def test_nan_is_a_missing_value():
     rows = [{"prompt": "p", "completion": math.nan}, {"prompt": "p", "completion": "a"}]
     assert parse_rows(rows)[1].dropped == {formats.MISSING_VALUE: 1}
